@@ -1,1 +1,41 @@
+"Hadamard-Lloyd weight quantization: large language models made small, exactly and fast"
+# Written by hand; `nbdev_export` only keeps the version in step with settings.ini
 __version__ = "0.1.0"
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+# Public names by the module that defines them. Nothing is imported until a name is used, so `import hlwq` costs next to nothing
+_modules = dict(
+    core='HLWQError ConfigError CheckpointError NonFiniteError UnsupportedError ResumeError HLWQWarning',
+    hadamard='fwht hadamard_matrix',
+    lloyd_max='lloyd_max Codebook codebook',
+    packing='pack_codes unpack_codes packed_nbytes',
+    quantize='quantize dequantize QuantizedTensor quant_error',
+    source='open_source',
+    recipe='Recipe Rule default_recipe make_plan Plan',
+    checkpoint='CheckpointReader CheckpointWriter verify_checkpoint',
+    convert='quantize_checkpoint dequantize_checkpoint',
+    evaluate='perplexity kl_divergence compare',
+)
+_homes = {name:mod for mod,names in _modules.items() for name in names.split()}
+__all__ = list(_homes)
+
+def __getattr__(name):
+    if name not in _homes: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(import_module(f'{__name__}.{_homes[name]}'), name)
+    return value
+
+def __dir__(): return sorted([*__all__, '__all__', '__version__'])
+
+class _Package(ModuleType):
+    # `quantize` and `lloyd_max` are functions, and also the submodules that define them. After loading a submodule Python
+    # stores it on the package under its name, over the function. This hook stores the function instead, so `hlwq.quantize(w)`
+    # works whatever was imported first. Imports from inside (`from hlwq.quantize import QuantizedTensor`) go by
+    # `sys.modules` and still find the module.
+    def __setattr__(self, name, value):
+        if isinstance(value, ModuleType) and _homes.get(name) == name: value = getattr(value, name)
+        super().__setattr__(name, value)
+
+sys.modules[__name__].__class__ = _Package

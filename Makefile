@@ -1,0 +1,48 @@
+# Each target works as the first command on a fresh clone: it makes .venv if that is missing
+PYTHON  ?= python3
+WORKERS ?= 2
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs clean $(VENV)
+
+help:
+	@echo 'make demo    quantize the embedded model, check it and say what it cost'
+	@echo 'make test    notebooks in step with the package, site, notebook tests, pytest'
+	@echo 'make docs    README.md from the index notebook, and the site in _docs'
+	@echo 'make clean   remove what the other targets made, .venv apart'
+	@echo 'make .venv   the environment alone; PYTHON=python3.12 chooses another Python (3.10 or newer)'
+
+$(VENV): $(READY)
+
+# `venv --clear` also mends an environment that was interrupted half way
+$(READY): constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3,10) and "python: $(PYTHON) is %d.%d, need 3.10 or newer; try make PYTHON=python3.12" % v or 0)'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo '== .venv: installing what constraints.txt pins, 1.3 GB with a CPU build of torch; this takes some minutes once'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/hlwq demo
+
+# pytest comes last, so that its count is the last line
+test: export TRITON_INTERPRET = 1
+test: $(READY)
+	@echo '== notebooks: exported and clean'
+	@$(BIN)/python tools/check.py
+	@echo '== site'
+	@$(BIN)/python tools/docs.py check site
+	@echo '== notebooks: every cell'
+	@$(BIN)/nbdev_test --n_workers $(WORKERS)
+	@echo '== tests'
+	@$(BIN)/python -m pytest tests -q
+
+docs: $(READY)
+	@$(BIN)/python tools/docs.py readme site
+
+clean:
+	rm -rf _docs _proc _site_src build dist .pytest_cache .hypothesis
+	find hlwq nbs tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+"Arrows between modules go only downwards, and heavy packages load only where they are used"
+import ast
+import pytest
+import hlwq
+from common import modules,python,tree
+
+# Which modules each module may import: the whole list. A new notebook adds its row here.
+ALLOWED = {k:set(v.split()) for k,v in dict(
+    core='',
+    hadamard='core',
+    lloyd_max='core',
+    packing='core',
+    quantize='core hadamard lloyd_max packing',
+    source='core',
+    recipe='core packing source',
+    checkpoint='core hadamard lloyd_max packing quantize source',
+    convert='core quantize source recipe checkpoint',
+    evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate',
+).items()}
+
+LAZY = {'transformers','matplotlib','triton'}   # heavy or optional: imported inside the function that needs them
+USERS = {'evaluate','cli'}                      # these two exist to use transformers and matplotlib
+
+def absolute(node, name):
+    "The full names that one import statement of `hlwq.<name>` reaches: a `from` gives module and names apart"
+    if isinstance(node, ast.Import): return [(a.name,None) for a in node.names]
+    base = f'hlwq.{name}'.split('.')[:-node.level] if node.level else []
+    mod = '.'.join([*base, *filter(None, [node.module])])
+    return [(mod,a.name) for a in node.names]
+
+def target(mod, attr):
+    "The module of the package that an import reaches, None if it is another package's"
+    if mod.split('.')[0] != 'hlwq': return None
+    if mod != 'hlwq': return mod.removeprefix('hlwq.')
+    if attr in modules(): return attr
+    return hlwq._homes.get(attr, '' if attr == '__version__' else 'hlwq')
+
+def imports(name, body=None):
+    return [o for n in ast.walk(body or tree(name)) if isinstance(n,(ast.Import,ast.ImportFrom)) for o in absolute(n, name)]
+
+def top_level(name):
+    "Imports that run when the module is loaded: those outside functions"
+    todo,found = list(tree(name).body),[]
+    while todo:
+        n = todo.pop()
+        if isinstance(n,(ast.FunctionDef,ast.AsyncFunctionDef,ast.Lambda)): continue
+        if isinstance(n,(ast.Import,ast.ImportFrom)): found += absolute(n, name)
+        todo += ast.iter_child_nodes(n)
+    return {mod.split('.')[0] for mod,_ in found}
+
+def test_every_module_has_a_row():
+    assert set(modules()) <= set(ALLOWED), 'a new module needs a row in ALLOWED'
+
+@pytest.mark.parametrize('name', modules())
+def test_arrows_go_down(name):
+    reached = {t for t in (target(*o) for o in imports(name)) if t}
+    if name == 'cli': reached.discard('hlwq')
+    assert reached <= ALLOWED.get(name, set()), f'hlwq.{name} imports {sorted(reached-ALLOWED.get(name, set()))}'
+
+def test_table_has_no_cycle():
+    seen = set()
+    for name,below in ALLOWED.items():
+        assert below <= seen, f'{name} names a module that comes later'
+        seen.add(name)
+
+@pytest.mark.parametrize('name', modules())
+def test_heavy_packages_are_lazy(name):
+    heavy = top_level(name) & LAZY
+    if name in USERS: heavy -= {'transformers','matplotlib'}
+    if name.startswith('kernels.'): heavy -= {'triton'}
+    assert not heavy, f'hlwq.{name} imports {sorted(heavy)} when it is loaded; move that into the function that uses it'
+
+@pytest.mark.parametrize('name', modules())
+def test_triton_only_in_kernels(name):
+    assert name.startswith('kernels.') or 'triton' not in {mod.split('.')[0] for mod,_ in imports(name)}
+
+BLOCK = '''
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('transformers','matplotlib','triton'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
+sys.meta_path.insert(0, Blocked())
+'''
+
+def test_loads_without_extras():
+    "All but evaluate and cli load where transformers, matplotlib and triton are not installed"
+    names = [m for m in modules() if m not in USERS and not m.startswith('kernels.')]
+    python(BLOCK + '\n'.join(f'import hlwq.{m}' for m in names))
+
+def test_converts_and_verifies_without_extras(tmp_path):
+    if 'convert' not in modules(): return
+    python(BLOCK + f'''
+from hlwq.core import asset_path
+from hlwq.convert import quantize_checkpoint, dequantize_checkpoint
+from hlwq.checkpoint import verify_checkpoint
+quantize_checkpoint(asset_path('tiny-moe-10m'), {str(tmp_path/'q')!r}, progress=False)
+verify_checkpoint({str(tmp_path/'q')!r})
+dequantize_checkpoint({str(tmp_path/'q')!r}, {str(tmp_path/'d')!r})
+''')
