@@ -28,7 +28,7 @@ $(READY): constraints.txt settings.ini setup.py
 demo: $(READY)
 	@$(BIN)/hlwq demo
 
-# pytest comes last, so that its count is the last line
+# Notebooks run side by side, with one thread each; pytest comes last, so that its count is the last line
 test: export TRITON_INTERPRET = 1
 test: $(READY)
 	@echo '== notebooks: exported and clean'
@@ -36,7 +36,7 @@ test: $(READY)
 	@echo '== site'
 	@$(BIN)/python tools/docs.py check site
 	@echo '== notebooks: every cell'
-	@$(BIN)/nbdev_test --n_workers $(WORKERS)
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	@echo '== tests'
 	@$(BIN)/python -m pytest tests -q
 

@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'Estimate', 'estimate', 'cut_windows', 'load_text_tokens', 'Score', 'perplexity', 'Comparison',
-           'compare_many', 'compare', 'kl_divergence', 'comparison_table', 'plot_style', 'plot_quality', 'plot_sizes']
+           'compare_many', 'compare', 'kl_divergence', 'comparison_table', 'plot_style', 'plot_quality', 'plot_sizes',
+           'matrix_kind', 'TensorError', 'TensorReport', 'tensor_report', 'plot_errors']
 
-# %% ../nbs/23_evaluate.ipynb #5fc228b0
+# %% ../nbs/23_evaluate.ipynb #9a598603
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, floor, isfinite, log10, nan
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
-from .core import ConfigError, NonFiniteError, human_bytes, listing
+from .core import ConfigError, NonFiniteError, UnsupportedError, human_bytes, listing
+from .source import open_source
+from .quantize import quant_error
+from .checkpoint import CheckpointReader
 
-# %% ../nbs/23_evaluate.ipynb #f1b68e48
+# %% ../nbs/23_evaluate.ipynb #dff82f11
 class Estimate(float):
     "A measured mean, usable as a plain float, with its standard error in `.error`"
     def __new__(cls, value, error=nan):
@@ -25,9 +29,9 @@ class Estimate(float):
         self.error = float(error)
         return self
     def __repr__(self):
-        digits = min(8, max(0, 1-floor(log10(self.error)))) if isfinite(self.error) and self.error > 0 else 6
-        error = f'{self.error:.{digits}f}' if isfinite(self.error) else '?'
-        return f'{float(self):.{digits}f} ± {error}'
+        if not isfinite(self.error) or self.error < 1e-8: return f"{float(self):.6g} ± {'0' if self.error == self.error else '?'}"
+        digits = max(0, 1-floor(log10(self.error)))
+        return f'{float(self):.{digits}f} ± {self.error:.{digits}f}'
     __str__ = __repr__
     def __reduce__(self): return Estimate, (float(self), self.error)
 
@@ -131,13 +135,14 @@ def _scores(models, tokens, window, batch_size, device, progress): # models: dic
             if reference is None and len(models) > 1: reference = logits
     return {k:torch.cat(v) for k,v in rows.items()}
 
-# %% ../nbs/23_evaluate.ipynb #04fc93ff
+# %% ../nbs/23_evaluate.ipynb #cf739c56
 @dataclass(frozen=True)
 class Score:
     "How well a model predicts a text"
     nll:Estimate # mean negative log-likelihood, nats per token
     n_tokens:int # tokens that were scored
     n_windows:int # windows they came in
+    windows:torch.Tensor=field(repr=False, compare=False, default=None) # mean negative log-likelihood of each window
 
     @property
     def ppl(self): return Estimate(exp(self.nll), exp(self.nll)*self.nll.error)
@@ -148,7 +153,7 @@ def _flat(o, *names):
     num = lambda v: float(v) if isfinite(v) else None         # JSON knows no NaN
     return {k:v for n in names for k,v in ((n, num(getattr(o, n))), (f'{n}_error', num(getattr(o, n).error)))}
 
-# %% ../nbs/23_evaluate.ipynb #358f84bc
+# %% ../nbs/23_evaluate.ipynb #955ca549
 def perplexity(
     model, # any causal language model whose output has .logits, in evaluation mode
     tokens, # token ids, 1-D int64
@@ -162,7 +167,7 @@ def perplexity(
     Raises ConfigError for unusable tokens or a model in training mode, NonFiniteError if the logits hold NaN."""
     nll = _scores(dict(model=model), tokens, window, batch_size, device, progress)['model'][:,0]
     n,w = len(nll),min(window, len(tokens))
-    return Score(estimate(nll), n*(w-1), n)
+    return Score(estimate(nll), n*(w-1), n, nll)
 
 # %% ../nbs/23_evaluate.ipynb #21eae130
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ def plot_style():
     return plt.rc_context({'figure.facecolor':'white', 'savefig.facecolor':'white', 'savefig.dpi':150, 'axes.spines.top':False, 'axes.spines.right':False,
                            'axes.grid':True, 'axes.axisbelow':True, 'grid.alpha':.3, 'legend.frameon':False, 'axes.prop_cycle':cycler(color=COLOURS)})
 
-# %% ../nbs/23_evaluate.ipynb #0e8901bb
+# %% ../nbs/23_evaluate.ipynb #c295bc17
 def plot_quality(
     comparisons:dict, # bits -> Comparison, or method -> such a dict
 ): # a figure with two axes
@@ -251,7 +256,7 @@ def plot_quality(
             for ax,name in zip(axes, ('kl', 'ratio')):
                 values = [getattr(c, name) for c in group.values()]
                 ax.errorbar([float(b) for b in group], values, [2*v.error for v in values], marker=marker, ms=5, capsize=3, label=label)
-        axes[0].set(yscale='log', ylabel='KL(original || quantized), nats per token', title='Divergence')
+        axes[0].set(yscale='log', ylabel='KL, nats per token', title='Divergence from the original')
         axes[1].set(ylabel='perplexity / that of the original', title='Perplexity')
         axes[1].axhline(1, c='#666666', lw=1, ls='--')
         for ax in axes: ax.set(xlabel='bits per code', xticks=sorted({float(b) for g in groups.values() for b in g}))
@@ -273,4 +278,90 @@ def plot_sizes(
         ax.set(xlabel='size, MB', title=title, xlim=(0, 1.25e-6*max(sizes.values())))
         ax.grid(axis='y', visible=False)
         ax.invert_yaxis()
+    return fig
+
+# %% ../nbs/23_evaluate.ipynb #a2035f7e
+_KINDS = (('shared expert', r'shared_expert'), ('experts', r'expert|block_sparse_moe'), ('Gated DeltaNet', r'linear_attn|deltanet'), ('state space', r'mamba|ssm'),
+          ('attention', r'attn|attention'), ('feed-forward', r'mlp|feed_forward|ffn'))
+
+def matrix_kind(
+    name:str, # key of a weight
+) -> str: # experts, shared expert, Gated DeltaNet, attention, feed-forward, state space or other
+    "Tells from its name what a matrix does in a model"
+    return next((k for k,pat in _KINDS if re.search(pat, name)), 'other')
+
+# %% ../nbs/23_evaluate.ipynb #a4cbede6
+@dataclass(frozen=True)
+class TensorError:
+    "What quantization did to one matrix"
+    name:str # its name in the checkpoint
+    kind:str # as matrix_kind says
+    layer:int # number of its layer, -1 if it has none
+    shape:tuple # (out_features, in_features)
+    bits:int # bits per code
+    error:float # relative error, ||W - Wq|| / ||W||
+    energy:float # ||W||^2
+
+@dataclass(frozen=True)
+class TensorReport:
+    "Errors of all matrices of a checkpoint"
+    rows:list # of TensorError
+
+    def pooled(self, rows=None): # relative error of several matrices taken as one
+        rows = self.rows if rows is None else rows
+        total = sum(r.energy for r in rows)
+        return (sum(r.error**2*r.energy for r in rows)/total)**.5 if total else 0.
+    @property
+    def kinds(self): return {k:[r for r in self.rows if r.kind == k] for k in dict.fromkeys(r.kind for r in self.rows)}
+    def to_json(self): return dict(error=self.pooled(), kinds={k:dict(matrices=len(v), error=self.pooled(v), worst=max(r.error for r in v)) for k,v in self.kinds.items()},
+                                   rows=[{**r.__dict__, 'shape':list(r.shape)} for r in self.rows])
+    def __repr__(self): return f'TensorReport({len(self.rows)} matrices, relative error {self.pooled():.4f})'
+
+# %% ../nbs/23_evaluate.ipynb #572d2b25
+@patch
+def _repr_markdown_(self:TensorReport):
+    line = lambda k,v: f'| {k} | {len(v)} | {self.pooled(v):.4f} | {max(v, key=lambda r: r.error).error:.4f} | {max(v, key=lambda r: r.error).name} |'
+    return '\n'.join(['| kind | matrices | relative error | worst | which |\n|---|---|---|---|---|', *(line(k, v) for k,v in {**self.kinds, 'all':self.rows}.items() if v)])
+
+# %% ../nbs/23_evaluate.ipynb #ea6be494
+def _original(source, name, transposed): # the matrix that a name of the quantized checkpoint stands for
+    expert = re.fullmatch(r'(.+)_e(\d+)', name)
+    if name in source.tensors or not expert: w = source.read(name)
+    else: w,name = source.read(expert[1], int(expert[2]), int(expert[2])+1)[0],expert[1]
+    if not source.tensors[name].is_float: raise UnsupportedError(f"{name}: {source.tensors[name].dtype} in the original, need a 16- or 32-bit float; dequantize the original first")
+    return w.t() if name in transposed else w
+
+def tensor_report(
+    src, # the original: folder, hub id or open Source
+    path, # the quantized checkpoint: folder or hub id
+    codebook:str='auto', # name of the codebook, for files that do not tell
+) -> TensorReport:
+    """Measures the relative error of every quantized matrix, streaming from both checkpoints.
+
+    Raises CheckpointError or ConfigError if one of them can't be read, or if the original lacks a matrix."""
+    source,rows = open_source(src),[]
+    with CheckpointReader(path, codebook) as reader:
+        reader.true_shapes()
+        transposed = set(reader.config.get('transposed') or [])
+        for name in reader.names:
+            w,q = _original(source, name, transposed),reader.matrix(name)
+            layer = re.search(r'\.(\d+)\.', name)
+            rows.append(TensorError(name, matrix_kind(name), int(layer[1]) if layer else -1, q.shape, q.bits, quant_error(w, q), w.double().square().sum().item()))
+    return TensorReport(rows)
+
+# %% ../nbs/23_evaluate.ipynb #96097535
+def plot_errors(
+    report:TensorReport, # from tensor_report
+): # a figure with one axis
+    "Draws the relative error of every matrix over its layer, coloured by kind"
+    import matplotlib.pyplot as plt
+    kinds = report.kinds
+    with plot_style():
+        fig,ax = plt.subplots(figsize=(7.5, 3.4), layout='constrained')
+        for i,((kind,rows),marker) in enumerate(zip(kinds.items(), 'osD^v<>')):
+            ax.scatter([r.layer + .8*((i+.5)/len(kinds)-.5) for r in rows], [r.error for r in rows], s=14, marker=marker, alpha=.7, label=f'{kind} ({len(rows)})')
+        ax.axhline(report.pooled(), c='#666666', lw=1, ls='--')
+        ax.set(xlabel='layer', ylabel='relative error ||W - Wq|| / ||W||', title=f'{len(report.rows)} matrices, relative error {report.pooled():.4f}')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig

@@ -74,15 +74,15 @@ def unpack_planes(
         if k*bits % 8: o.bitwise_and_(2**bits - 1)            # a code at the start of a byte has nothing above it
     return list(out)
 
-# %% ../nbs/03_packing.ipynb #84b6caec
+# %% ../nbs/03_packing.ipynb #eebeb8c7
 _CHUNK = 1 << 18                                              # groups at a time: planes of 256 kB, measured best
 
 def _by_columns(fn, src, dst, bits):
     "Applies `pack_planes` or its inverse to the columns of `src` (groups, a), into those of `dst` (groups, b)"
-    n, (a, b) = min(_CHUNK, len(src)), (src.shape[1], dst.shape[1])
-    scratch = src.new_empty(a + b, n)
-    for i in range(0, len(src), _CHUNK):
-        s, d = src[i:i+_CHUNK].unbind(1), dst[i:i+_CHUNK].unbind(1)
+    chunk, (a, b) = _CHUNK << 4*src.is_cuda, (src.shape[1], dst.shape[1])     # a GPU wants longer launches
+    scratch = src.new_empty(a + b, min(chunk, len(src)))
+    for i in range(0, len(src), chunk):
+        s, d = src[i:i+chunk].unbind(1), dst[i:i+chunk].unbind(1)
         planes = scratch[:, :len(s[0])].unbind(0)
         for plane,column in zip(planes, s): plane.copy_(column)
         for plane,column in zip(fn(planes[:a], bits, out=planes[a:]), d): column.copy_(plane)

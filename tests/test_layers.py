@@ -14,13 +14,15 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     source='core',
     recipe='core packing source',
     checkpoint='core hadamard lloyd_max packing quantize source',
-    convert='core quantize source recipe checkpoint',
+    convert='core lloyd_max quantize source recipe checkpoint',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate',
+    screen='core',
+    demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen demo',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton'}   # heavy or optional: imported inside the function that needs them
-USERS = {'evaluate','cli'}                      # these two exist to use transformers and matplotlib
+USERS = {'evaluate','demo','cli'}               # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
     "The full names that one import statement of `hlwq.<name>` reaches: a `from` gives module and names apart"
@@ -84,7 +86,7 @@ sys.meta_path.insert(0, Blocked())
 '''
 
 def test_loads_without_extras():
-    "All but evaluate and cli load where transformers, matplotlib and triton are not installed"
+    "All that does not run a model loads where transformers, matplotlib and triton are not installed"
     names = [m for m in modules() if m not in USERS and not m.startswith('kernels.')]
     python(BLOCK + '\n'.join(f'import hlwq.{m}' for m in names))
 
@@ -95,6 +97,6 @@ from hlwq.core import asset_path
 from hlwq.convert import quantize_checkpoint, dequantize_checkpoint
 from hlwq.checkpoint import verify_checkpoint
 quantize_checkpoint(asset_path('tiny-moe-10m'), {str(tmp_path/'q')!r}, progress=False)
-verify_checkpoint({str(tmp_path/'q')!r})
+assert verify_checkpoint({str(tmp_path/'q')!r}).ok
 dequantize_checkpoint({str(tmp_path/'q')!r}, {str(tmp_path/'d')!r})
 ''')
