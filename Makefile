@@ -44,5 +44,5 @@ docs: $(READY)
 	@$(BIN)/python tools/docs.py readme site
 
 clean:
-	rm -rf _docs _proc _site_src build dist .pytest_cache .hypothesis
+	rm -rf _docs _proc _site_src build dist hlwq-demo .pytest_cache .hypothesis
 	find hlwq nbs tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'PROMPT', 'HEAD', 'PLAN_HEAD', 'demo_folder', 'quantize_widths', 'weight_nbytes', 'load_plain',
-           'load_quantized', 'load_tokenizer', 'measure', 'continuation', 'n_shared', 'plot_block', 'save_figures',
-           'result_rows', 'run_demo', 'plan_rows']
+           'load_quantized', 'load_tokenizer', 'one_thread', 'measure', 'continuation', 'n_shared', 'plot_block',
+           'save_figures', 'result_rows', 'run_demo', 'plan_rows']
 
-# %% ../nbs/81_demo.ipynb #6c847060
+# %% ../nbs/81_demo.ipynb #6e715ab1
 import json, shutil, tempfile, time
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/81_demo.ipynb #8b18c0c2
@@ -66,16 +67,28 @@ def weight_nbytes(
     "Adds up the weight files of a checkpoint as they lie on the disk"
     return sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
 
-# %% ../nbs/81_demo.ipynb #f14112f9
+# %% ../nbs/81_demo.ipynb #6332a84a
 def load_plain(
     folder, # an ordinary checkpoint
+    device='cpu', # where to put it: float32 on a CPU, bfloat16 elsewhere
 ): # a transformers model in evaluation mode
-    "Loads a model for measuring, in float32 on the CPU"
+    """Loads a model for measuring.
+
+    Raises ConfigError if transformers cannot load it, CheckpointError if weights are missing, which transformers would make up."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dtype = torch.float32 if torch.device(device).type == 'cpu' else torch.bfloat16
+    try: model,info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, ImportError) as e: raise _not_loaded(folder, 'model', e) from e
+    lost = sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))
+    if lost: raise CheckpointError(f"{folder}: {listing(lost)} missing or of another shape, need all weights of the model; check the folder with hlwq inspect")
+    return model.eval().to(device)
+
+def _not_loaded(folder, what, e):
+    said = str(e).strip().splitlines() or ['']
+    return ConfigError(f"{folder}: transformers loads no {what} from it ({type(e).__name__}: {said[0][:160]}), need a model with its config and tokenizer; check the folder, or upgrade transformers")
 
 def load_quantized(
     folder, # a quantized checkpoint
@@ -90,9 +103,19 @@ def load_tokenizer(
 ): # a transformers tokenizer
     "Loads the tokenizer of a checkpoint"
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(folder)
+    try: return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as e: raise _not_loaded(folder, 'tokenizer', e) from e
 
-# %% ../nbs/81_demo.ipynb #929bbe79
+# %% ../nbs/81_demo.ipynb #72cdc23c
+@contextmanager
+def one_thread():
+    "Lets torch use a single thread, and as many as before afterwards"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../nbs/81_demo.ipynb #8fd30c25
 def measure(
     original, # the model before
     others:dict, # bits -> model
@@ -101,9 +124,9 @@ def measure(
 ) -> dict: # bits -> Comparison
     "Compares models with the original on the embedded text"
     tokens = load_text_tokens(asset_path('kjv.txt'), tokenizer, max_tokens)
-    return dict(zip(others, compare_many(original, others, tokens).values()))
+    with one_thread(): return dict(zip(others, compare_many(original, others, tokens).values()))
 
-# %% ../nbs/81_demo.ipynb #cb70878b
+# %% ../nbs/81_demo.ipynb #40b0f0b9
 PROMPT = 'It was a dark and stormy night;'
 
 @torch.inference_mode()
@@ -115,7 +138,7 @@ def continuation(
 ) -> list: # token ids that were added
     "Continues a text greedily"
     ids = tokenizer(prompt, return_tensors='pt')
-    return model.generate(**ids, max_new_tokens=n, do_sample=False)[0, ids['input_ids'].shape[1]:].tolist()
+    with one_thread(): return model.generate(**ids, max_new_tokens=n, do_sample=False)[0, ids['input_ids'].shape[1]:].tolist()
 
 def n_shared(
     a:list, # tokens
@@ -219,7 +242,7 @@ def run_demo(
     screen.say(f"Next, with a model of yours:  hlwq plan MODEL    then  hlwq quantize MODEL OUT")
     return res
 
-# %% ../nbs/81_demo.ipynb #50436563
+# %% ../nbs/81_demo.ipynb #7fb7f716
 def plan_rows(
     plan, # from make_plan
 ) -> list: # tuples of strings: component, action, bits, tensors, matrices, numbers, bytes
@@ -236,7 +259,7 @@ def _show_results(sizes, plans, got, screen):
     first = next(iter(got.values()))
     screen.say()
     screen.table(HEAD, result_rows(sizes, plans, got), f'What it costs: {first.n_tokens:,} tokens of the King James Bible, not part of the training data')
-    screen.say('± is one standard error over windows of text. KL is the divergence from the original; same top-1: how often both would choose the same next token.')
+    screen.say('± is one standard error over windows of text. That of the perplexity is mostly the luck of the text, which all rows share. KL is the divergence from the original; same top-1: how often both would choose the same next token.')
     screen.say('Bits per weight counts the quantized matrices with their norms. The embedding, a fifth of a model this small, is kept in 16 bits.')
 
 def _show_texts(texts, tokenizer, screen):

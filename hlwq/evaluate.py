@@ -21,7 +21,7 @@ from .source import open_source
 from .quantize import quant_error
 from .checkpoint import CheckpointReader
 
-# %% ../nbs/23_evaluate.ipynb #dff82f11
+# %% ../nbs/23_evaluate.ipynb #12738ca8
 class Estimate(float):
     "A measured mean, usable as a plain float, with its standard error in `.error`"
     def __new__(cls, value, error=nan):
@@ -35,7 +35,6 @@ class Estimate(float):
     __str__ = __repr__
     def __reduce__(self): return Estimate, (float(self), self.error)
 
-# %% ../nbs/23_evaluate.ipynb #ecf40378
 def estimate(
     means, # one mean per window of text, 1-D tensor
 ) -> Estimate: # their mean; the error is unknown (nan) for a single window
@@ -95,7 +94,7 @@ def _score(
         rows.append(total/length)
     return torch.stack(rows)
 
-# %% ../nbs/23_evaluate.ipynb #512ffd76
+# %% ../nbs/23_evaluate.ipynb #9ea391e0
 def _check_model(model, tokens):
     if getattr(model, 'training', False): raise ConfigError('model: in training mode, need evaluation mode (dropout would add noise); call model.eval()')
     config = getattr(model, 'config', None)
@@ -105,12 +104,10 @@ def _check_model(model, tokens):
         raise ConfigError(f"tokens: ids from {low} to {high}, need 0 to {vocab-1 if vocab else 'the size of the vocabulary'}; use the tokenizer that belongs to the model")
     return vocab
 
-# %% ../nbs/23_evaluate.ipynb #da974e96
 def _device(model):
     try: return next(model.parameters()).device
     except (AttributeError, StopIteration): return torch.device('cpu')
 
-# %% ../nbs/23_evaluate.ipynb #605cf44f
 def _logits(model, ids, device, name, at):
     out = model(input_ids=ids.to(device or _device(model)), use_cache=False).logits
     if int(ids.max()) >= out.shape[-1]: raise ConfigError(f"tokens: id {int(ids.max())}, need less than {out.shape[-1]}; use the tokenizer that belongs to the model")
@@ -204,7 +201,7 @@ def compare_many(
     return {k:Comparison(up(estimate(first[:,0])), up(estimate(o[:,0])), up(estimate(o[:,0]-first[:,0])), estimate(o[:,1]), estimate(o[:,2]), n_tokens, n)
             for k,o in zip(models, rest)}
 
-# %% ../nbs/23_evaluate.ipynb #972e997d
+# %% ../nbs/23_evaluate.ipynb #017e6fa7
 def compare(
     model_a, # the original
     model_b, # the model to judge
@@ -214,7 +211,6 @@ def compare(
     "Compares a model with its original on the same text"
     return compare_many(model_a, {'the other model':model_b}, tokens, **kwargs)['the other model']
 
-# %% ../nbs/23_evaluate.ipynb #8f9712ad
 def kl_divergence(
     model_a, # the original
     model_b, # the model to judge
@@ -290,7 +286,7 @@ def matrix_kind(
     "Tells from its name what a matrix does in a model"
     return next((k for k,pat in _KINDS if re.search(pat, name)), 'other')
 
-# %% ../nbs/23_evaluate.ipynb #a4cbede6
+# %% ../nbs/23_evaluate.ipynb #022cca32
 @dataclass(frozen=True)
 class TensorError:
     "What quantization did to one matrix"
@@ -317,7 +313,6 @@ class TensorReport:
                                    rows=[{**r.__dict__, 'shape':list(r.shape)} for r in self.rows])
     def __repr__(self): return f'TensorReport({len(self.rows)} matrices, relative error {self.pooled():.4f})'
 
-# %% ../nbs/23_evaluate.ipynb #572d2b25
 @patch
 def _repr_markdown_(self:TensorReport):
     line = lambda k,v: f'| {k} | {len(v)} | {self.pooled(v):.4f} | {max(v, key=lambda r: r.error).error:.4f} | {max(v, key=lambda r: r.error).name} |'

@@ -6,7 +6,8 @@
 __all__ = ['group_layout', 'group_size', 'pack_planes', 'unpack_planes', 'packed_nbytes', 'pack_codes', 'unpack_codes',
            'pack_block_planes', 'unpack_block_planes']
 
-# %% ../nbs/03_packing.ipynb #edabfbe9
+# %% ../nbs/03_packing.ipynb #6c31cc9f
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from math import gcd
 
@@ -74,18 +75,26 @@ def unpack_planes(
         if k*bits % 8: o.bitwise_and_(2**bits - 1)            # a code at the start of a byte has nothing above it
     return list(out)
 
-# %% ../nbs/03_packing.ipynb #eebeb8c7
-_CHUNK = 1 << 18                                              # groups at a time: planes of 256 kB, measured best
+# %% ../nbs/03_packing.ipynb #a113a05b
+_CHUNK = 1 << 15                                              # groups at a time: the longest planes that torch leaves to one thread
 
-def _by_columns(fn, src, dst, bits):
-    "Applies `pack_planes` or its inverse to the columns of `src` (groups, a), into those of `dst` (groups, b)"
-    chunk, (a, b) = _CHUNK << 4*src.is_cuda, (src.shape[1], dst.shape[1])     # a GPU wants longer launches
+def _columns(fn, src, dst, bits):
+    chunk, (a, b) = _CHUNK << 7*src.is_cuda, (src.shape[1], dst.shape[1])     # a GPU wants longer launches
     scratch = src.new_empty(a + b, min(chunk, len(src)))
     for i in range(0, len(src), chunk):
         s, d = src[i:i+chunk].unbind(1), dst[i:i+chunk].unbind(1)
         planes = scratch[:, :len(s[0])].unbind(0)
         for plane,column in zip(planes, s): plane.copy_(column)
         for plane,column in zip(fn(planes[:a], bits, out=planes[a:]), d): column.copy_(plane)
+
+# %% ../nbs/03_packing.ipynb #516fb09e
+def _by_columns(fn, src, dst, bits):
+    "Applies `pack_planes` or its inverse to the columns of `src` (groups, a), into those of `dst` (groups, b)"
+    parts, inference = 1 if src.is_cuda else min(torch.get_num_threads(), len(src)//_CHUNK), torch.is_inference_mode_enabled()
+    if parts < 2: return _columns(fn, src, dst, bits)
+    def work(s, d):
+        with torch.inference_mode(inference): _columns(fn, s, d, bits)        # the mode belongs to the thread
+    with ThreadPoolExecutor(parts) as pool: list(pool.map(work, src.tensor_split(parts), dst.tensor_split(parts)))
 
 # %% ../nbs/03_packing.ipynb #affad204
 def packed_nbytes(

@@ -82,7 +82,7 @@ def tree_sum(
         h //= 2
     return x[0]
 
-# %% ../nbs/04_quantize.ipynb #d276e6bd
+# %% ../nbs/04_quantize.ipynb #8073c6b2
 def _rescue(
     y:Tensor, # (128, n) float32 blocks, one a column; columns out of range are scaled in place
     squares:Tensor, # (n,) their sums of squares
@@ -94,11 +94,16 @@ def _rescue(
     if not torch.isfinite(peak).all(): raise NonFiniteError("block: NaN or infinity in it, need finite weights; find the tensor with hlwq.quantize, which names it")
     safe = (squares > 1e-30) & (squares < 1e30)
     exponent = torch.where(safe | (peak == 0), 0, torch.frexp(peak).exponent)
-    half = torch.div(exponent, 2, rounding_mode='floor')       # 2**-exponent alone may overflow
-    y.mul_(torch.exp2(-half.float())).mul_(torch.exp2((half - exponent).float()))
+    _times_two_to(y, -exponent)
     return exponent
 
-# %% ../nbs/04_quantize.ipynb #ab609474
+def _times_two_to(x, exponent):
+    "Multiplies by powers of two in place, exactly; in two steps, because one power alone may overflow"
+    half = torch.div(exponent, 2, rounding_mode='floor')
+    for e in (half, exponent - half): x.mul_(((e.int() + 127) << 23).view(torch.float32))    # the bits of 2**e
+    return x
+
+# %% ../nbs/04_quantize.ipynb #c8e85e88
 def encode_chunk(
     blocks:Tensor, # (n, 128) float32
     book:Codebook, # codebook of the wanted width
@@ -115,14 +120,14 @@ def encode_chunk(
     if not (low > 1e-30 and high < 1e30):                      # also true for NaN
         exponent = _rescue(y, squares)
         squares = tree_sum(torch.mul(y, y, out=z)).clone()
-    lengths = squares.sqrt_()
+    lengths = squares.double().sqrt_().float()                 # rounded correctly, which a float32 sqrt is not everywhere
     z = butterflies(y, z)                                      # either buffer; the other is free
     free = y if z.data_ptr() != y.data_ptr() else torch.empty_like(z)
     z *= lengths.reciprocal().nan_to_num_(posinf=0)            # a block of zeros stays zeros
     index = torch.empty(z.shape, dtype=torch.int32, device=z.device)
     codes = nearest_codes(z, cells, free, index)
     norms = lengths if norm == 'l2' else _gains(lengths, z, codes, book, free, index)
-    if exponent is not None: norms = torch.ldexp(norms, exponent)
+    if exponent is not None: norms = _times_two_to(norms.clone(), exponent)
     return pack_block_planes(codes, book.bits).t(), norms
 
 def _gains(lengths, z, codes, book, free, index):

@@ -40,9 +40,9 @@ class Rule:
     def hits(self, name): return re.search(self.match, name) is not None
     def __str__(self): return f"your rule '{self.match}'" + (f": {self.keep or self.drop}" if self.bits is None else '')
 
-# %% ../nbs/05_recipe.ipynb #fb7cfc7f
+# %% ../nbs/05_recipe.ipynb #e438ab7e
 PROTECTED = (
-    Rule(r'(^|\.)[^.]*norm[^.]*(\.(weight|bias|scale))?$|(^|\.)ln_?\w*\.(weight|bias)$', keep='norm'),
+    Rule(r'(^|\.)[^.]*norm[^.]*(\.(weight|bias|scale))?$|\.[^.]*norm[^.]*\.|(^|\.)ln_?\w*\.(weight|bias)$', keep='norm'),
     Rule(r'(^|\.)(\w*router\w*|gate|wg|moe_gate|gating\w*|expert_gate|gate_weight|e_score_correction_bias)(\.|$)', keep='router'),
     Rule(r'(^|\.)shared_experts?_gate\.', keep='gate of the shared expert'),
     Rule(r'(^|\.)(in_proj_(a|b|ba|ab)|[abf]_proj|f_[ab]_proj)(\.|$)', keep='decay gate of linear attention'),
@@ -51,7 +51,7 @@ PROTECTED = (
     Rule(r'bias$|(^|\.)sinks?$', keep='bias'),
 )
 
-# %% ../nbs/05_recipe.ipynb #ec7d2209
+# %% ../nbs/05_recipe.ipynb #ab5838fa
 _LM = r'^(model\.|language_model\.|transformer\.|text_model\.)*'
 _MTP = 'multi-token prediction'
 DEFAULTS = (
@@ -60,8 +60,9 @@ DEFAULTS = (
     Rule(r'(^|\.)(\w*projector|mm_\w+|connector|merger|aligner|\w*resampler|perceiver\w*|embed_(vision|audio))\.', keep='projector'),
     Rule(r'(^|\.)(mtp\w*|nextn\w*|eh_proj)(\.|$)', keep=_MTP),
     Rule(r'(^|\.)(\w*embed\w*|wte|wpe|tok_embeddings|relative_attention_bias|rel_pos\w*)(\.weight)?$|^(\w+\.)?shared\.weight$|per_layer_(model_)?projection\.weight$', keep='embedding'),
-    Rule(r'(^|\.)(lm_head|embed_out)(\.|$)|^(model\.)?output\.weight$', keep='output head'),
+    Rule(r'(^|\.)(lm_head|embed_out)(\.|$)|^(model\.)?output\.weight$|^head\.weight$', keep='output head'),
     Rule(r'(^|\.)(score|classifier|qa_outputs|v_head)(\.|$)', keep='task head'),
+    Rule(r'(^|\.)(\w*indexer)\.|(^|\.)(weights?_proj|sink_proj)\.', keep='sparse attention indexer'),
 )
 
 @dataclass
@@ -128,12 +129,12 @@ def _by_pair(up, down):
     plain,swapped = b == c and a in (d, 2*d),a == d and b in (c, 2*c)
     return None if plain == swapped else swapped
 
-# %% ../nbs/05_recipe.ipynb #b9176369
+# %% ../nbs/05_recipe.ipynb #549e4b4a
 def is_transposed(
     t:TensorInfo, # a matrix, or a stack of experts
     src:Source, # the checkpoint that it belongs to
 ) -> bool: # whether it is stored as (in, out)
-    """Finds out which axis of a weight is the input: from its shape, its bias, its neighbours, the kind of model.
+    """Finds out which axis of a weight is the input: from its neighbours, its shape, its bias, the kind of model.
 
     Raises ConfigError if nothing tells."""
     kinds = {src.config.get('model_type'), src.text_config.get('model_type')}
@@ -142,7 +143,7 @@ def is_transposed(
     parent = t.name.removesuffix('.weight').rpartition('.')[0]
     family = [t] + [o for o in _siblings(src).get(parent, ()) if o.name != t.name]
     pairs = [(u, d) for u in family if re.search(_UP, u.name) for d in family if re.search(_DOWN, d.name)]
-    evidence = [f for o in family for f in (_by_shape(o, hidden), _by_bias(o, src))] + [_by_pair(u, d) for u,d in pairs]
+    evidence = [_by_pair(u, d) for u,d in pairs] + [f for o in family for f in (_by_shape(o, hidden), _by_bias(o, src))]
     found = next((e for e in evidence if e is not None), None)
     if found is None: found = True if kinds & _STORED_IN_OUT else False if kinds & _STORED_OUT_IN else None
     if found is None: raise ConfigError(f"{t.name}: shape {list(t.shape)} and model_type {src.config.get('model_type')!r} do not tell which axis is the input, need a rule that says it; add one with bits and transposed = true for (experts, in, out) or false for (experts, out, in)")
@@ -208,7 +209,7 @@ def keys(self:PlanRow): # generator of (key, type, shape) in the result
         yield f'{prefix}__norms','F16',(o, norms//o//2)
         yield f'{prefix}__meta','I64',(5,)
 
-# %% ../nbs/05_recipe.ipynb #6df36041
+# %% ../nbs/05_recipe.ipynb #9a8e7e9c
 _LINEAR,_STACK = r'(\.weight|_proj)$|^weight$', r'expert|moe|mlp|ffn|feed_forward|_proj$|_linear\.weight$'
 _NO_RULE = 'no rule knows it'
 
@@ -217,6 +218,7 @@ def _impossible(t, src):
     if not (t.is_float or t.is_fp8): return f'{t.dtype} is no float type'
     if not t.numel: return 'empty'
     if len(t.shape) < 2: return 'vector' if t.shape else 'scalar'
+    if len(t.shape) == 3 and 1 in t.shape[-2:] and not PROTECTED[4].hits(t.name): return 'stack of vectors'
     if len(t.shape) > 3 or (len(t.shape) == 3 and PROTECTED[4].hits(t.name)): return f'kernel with {len(t.shape)} axes'
     if src.tied and any(r.hits(t.name) for r in DEFAULTS if r.keep in ('embedding', 'output head')): return 'embedding and output head in one'
 

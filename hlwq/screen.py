@@ -79,7 +79,7 @@ class Screen:
         "Writes the JSON object, if it was asked for"
         if self.as_json: sys.stdout.write(json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
 
-# %% ../nbs/80_screen.ipynb #174bec59
+# %% ../nbs/80_screen.ipynb #9d7945fb
 def _console():
     "Made anew each time, because a test or a notebook may have replaced stdout"
     from rich.console import Console
@@ -89,7 +89,7 @@ def _rich_table(head, rows, title):
     from rich import box
     from rich.table import Table
     from rich.text import Text
-    t = Table(box=box.SIMPLE_HEAD, title=title and Text(title), title_justify='left', title_style='bold', header_style='bold', pad_edge=False)
+    t = Table(box=box.SIMPLE_HEAD, title=title and Text(title), title_justify='left', title_style='bold', header_style='bold', pad_edge=False, collapse_padding=True, show_edge=False)
     for h,r in zip(head, right_aligned(rows) or [False]*len(head)): t.add_column(h, justify='right' if r else 'left', overflow='fold')
     for row in rows: t.add_row(*map(Text, row))                # Text: a bracket in a name is no markup
     return t

@@ -17,17 +17,23 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from .core import *
 
-# %% ../nbs/04a_source.ipynb #7c852282
+# %% ../nbs/04a_source.ipynb #429dadc2
+def _promised(path, size):
+    "Bytes that a file needs by its own header, and whether that is only a lower bound; (None, False) if the header makes no sense"
+    with open(path, 'rb') as f:
+        n = int.from_bytes(f.read(8), 'little')
+        if n > 100_000_000: return None,False
+        if n > size-8: return 8+n,True
+        try: ends = [v['data_offsets'][1] for k,v in json.loads(f.read(n)).items() if k != '__metadata__']
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError): return None,False
+    return (8+n+max(ends, default=0), False) if all(type(o) is int for o in ends) else (None, False)
+
 def _bad_shard(path, size, why):
     "The error for a file that the safetensors library refuses, with the expected size if the header tells it"
-    with open(path, 'rb') as f:
-        head = f.read(8)
-        n = int.from_bytes(head, 'little')
-        try: want = 8+n+max((v['data_offsets'][1] for k,v in json.loads(f.read(n)).items() if k != '__metadata__'), default=0) if n <= size-8 else 8+n
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError): want = size
-    if n > 100_000_000 or type(want) is not int or want == size: return CheckpointError(f"{path}: not a valid safetensors file ({why}), need an intact one; download it again")
-    least = 'at least ' if n > size-8 else ''
-    return CheckpointError(f"{path}: {size} bytes, need {least}{want} by its own header; {'incomplete download? fetch it again' if size < want else 'bytes follow the last tensor, fetch it again'}")
+    want,least = _promised(path, size)
+    if want is None or want == size: return CheckpointError(f"{path}: not a valid safetensors file ({why}), need an intact one; download it again")
+    help = 'incomplete download? fetch it again' if size < want else 'bytes follow the last tensor, fetch it again'
+    return CheckpointError(f"{path}: {size} bytes, need {'at least ' if least else ''}{want} by its own header; {help}")
 
 # %% ../nbs/04a_source.ipynb #88004d9b
 def _sniff(path, size):

@@ -16,9 +16,10 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core lloyd_max quantize source recipe checkpoint',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
+    inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen demo',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen demo inspection',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton'}   # heavy or optional: imported inside the function that needs them

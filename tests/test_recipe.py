@@ -37,7 +37,7 @@ def test_protected_beats_a_broad_rule_but_not_force():
     with pytest.warns(HLWQWarning, match='by force'): p = plan_of(BASE, recipe=user(dict(match=r'mlp\.gate\.', bits=8, force=True)))
     assert p[L+'mlp.gate.weight'].bits == 8
 
-@pytest.mark.parametrize('name,shape', [('input_layernorm.weight', (256,)), ('conv1d.weight', (512, 1, 4)), ('patch.weight', (8, 3, 16, 16)), ('x.scalar', ()), ('x.empty.weight', (0, 256))])
+@pytest.mark.parametrize('name,shape', [('input_layernorm.weight', (256,)), ('conv1d.weight', (512, 1, 4)), ('patch.weight', (8, 3, 16, 16)), ('x.scalar', ()), ('model.feed_forward.time_mix', (1, 1, 512)), ('x.empty.weight', (0, 256))])
 def test_never_even_by_force(name, shape):
     with pytest.raises(ConfigError, match='remove the rule'): plan_of(BASE | {name:shape}, recipe=user(dict(match=f'^{name}$', bits=8, force=True)))
 
@@ -65,6 +65,14 @@ def test_bad_recipes(tmp_path):
     for kw in (dict(match=5, bits=4), dict(match='a'), dict(match='a', bits=4, force='yes'), dict(match='a', bits=4, transposed=1.5), dict(match='(', bits=4)):
         with pytest.raises(ConfigError): Rule(**kw)
 
+@pytest.mark.parametrize('text,match', [('bits = ', 'not TOML'), ('bits = 7', 'need one of 2'), ('bits = true', 'need one of 2'), ('bit = 5', 'bit, need only bits'), ('[rules]\nmatch = "a"', 'double brackets'), ('rules = 5', 'double brackets'),
+    ('[[rules]]\nmatch = "a"\nwidth = 4', 'rule 1 has width'), ('[[rules]]\nbits = 4', 'matches nothing'), ('[[rules]]\nmatch = "a"', 'exactly one'), ('[[rules]]\nmatch = "*a"\nbits = 4', 'not a regular expression'), ('[[rules]]\nmatch = "a"\nkeep = true', 'need the reason'),
+    ('[[rules]]\nmatch = "a"\nbits = 4\nkeep = "b"', 'exactly one'), ('\x00', 'not TOML')])
+def test_bad_toml(tmp_path, text, match):
+    f = tmp_path/'r.toml'
+    f.write_text(text)
+    with pytest.raises(ConfigError, match=match): Recipe.from_toml(f)
+
 def test_bits_argument_beats_the_recipe(tmp_path):
     f = tmp_path/'r.toml'
     f.write_text('bits = 3')
@@ -78,7 +86,7 @@ def test_tied_head_is_never_quantized():
     with pytest.raises(ConfigError, match='in one'): plan_of(BASE, recipe=user(dict(match='lm_head', bits=6, force=True)), tie_word_embeddings=True)
 
 @pytest.mark.parametrize('name', ['mtp.layers.0.self_attn.q_proj.weight', 'mtp.fc.weight', 'model.layers.4.mlp.up_proj.weight', 'model.layers.4.eh_proj.weight', 'model.language_model.layers.4.mlp.experts.3.up_proj.weight', 'language_model.model.layers.5.q_proj.weight',
-    'model.visual.blocks.4.attn.qkv.weight', 'vision_tower.encoder.layers.3.fc1.weight', 'audio_tower.layers.2.fc1.weight', 'multi_modal_projector.linear_1.weight', 'model.mm_projector.0.weight', 'transformer.wte.weight', 'backbone.embeddings.weight', 'shared.weight', 'score.weight'])
+    'model.visual.blocks.4.attn.qkv.weight', 'vision_tower.encoder.layers.3.fc1.weight', 'audio_tower.layers.2.fc1.weight', 'multi_modal_projector.linear_1.weight', 'model.mm_projector.0.weight', 'transformer.wte.weight', 'backbone.embeddings.weight', 'shared.weight', 'score.weight', 'head.weight', 'model.layers.0.self_attn.indexer.wq_b.weight', 'model.layers.0.input_layernorm.mlp.fc1.weight'])
 def test_kept_by_default(name):
     p = plan_of({'model.layers.3.mlp.up_proj.weight':(512, 512), name:(512, 512)}, num_hidden_layers=4, min_coverage=.9)
     assert p[name].action == 'keep' and p.coverage == 1 and p['model.layers.3.mlp.up_proj.weight'].action == 'quantize'
@@ -151,6 +159,7 @@ E = L+'mlp.experts.'
     ({E+'gate_up_proj':(4, 256, 512), E+'down_proj':(4, 256, 256)}, dict(hidden_size=256), True),                      # I = H as in gpt-oss
     ({E+'gate_up_proj':(4, 1024, 256), E+'down_proj':(4, 256, 512)}, {}, False),                                        # no hidden size: pair
     ({E+'gate_up_proj':(4, 256, 1024), E+'down_proj':(4, 512, 256)}, {}, True),
+    ({E+'gate_up_proj':(4, 1024, 512), E+'down_proj':(4, 512, 512)}, dict(hidden_size=1024), False),                    # experts in a narrower space: the pair beats the hidden size
     ({E+'gate_up_proj':(4, 300, 700), E+'gate_up_proj_bias':(4, 700)}, {}, True), ({E+'gate_up_proj':(4, 700, 300), E+'gate_up_proj_bias':(4, 700)}, {}, False),
     ({E+'up_proj':(4, 256, 256)}, dict(hidden_size=256, model_type='gpt_oss'), True), ({E+'up_proj':(4, 256, 256)}, dict(hidden_size=256, model_type='mixtral'), False),
     ({E+'w1.weight':(4, 512, 256), E+'w2.weight':(4, 256, 512)}, dict(text_config=dict(hidden_size=256)), False),
@@ -175,7 +184,7 @@ def test_conv1d_linear_of_gpt2():
 # --- bytes
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=5), st.sampled_from(BITS))
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(2, 300), st.integers(2, 300)), min_size=1, max_size=5), st.sampled_from(BITS))
 def test_bytes_are_those_of_a_real_file(tmp_path_factory, shapes, bits):
     "Writes what the plan announces, in its order, and compares sizes: exact data, headers to a digit of the offsets"
     p = plan_of({f'model.layers.{i}.mlp.experts.up_proj':s for i,s in enumerate(shapes)} | {'model.norm.weight':(64,)}, recipe=user(dict(match='up_proj', bits=bits, transposed=False)) if any(sum(matrix_nbytes(a, b, bits)) < 2*a*b for _,a,b in shapes) else user(dict(match='up_proj', keep='narrow')))
