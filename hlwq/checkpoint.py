@@ -235,7 +235,7 @@ def _check_room(self:CheckpointWriter):
     free = shutil.disk_usage(self.stage).free
     if need > free: raise OSError(errno.ENOSPC, f"{human_bytes(free)} free, need {human_bytes(need)}; free some space, or choose another disk", str(self.stage))
 
-# %% ../nbs/06_checkpoint.ipynb #402badbb
+# %% ../nbs/06_checkpoint.ipynb #40575964
 @patch
 def shard(self:CheckpointWriter,
     name:str, # file name
@@ -287,21 +287,21 @@ def finish(self:CheckpointWriter,
     sums = {**self.done, **{n: dict(size=(self.stage/n).stat().st_size, sha256=file_sha256(self.stage/n)) for n in small}}
     manifest = dict(format='hlwq_manifest', format_version=_FORMAT, tool=f'hlwq {__version__}', files=dict(sorted(sums.items())), skipped=sorted(skipped))
     write_json(self.stage/_MANIFEST, manifest)
-    for n in (_JOURNAL, _LOCK): (self.stage/n).unlink()
     self._publish()
     return manifest
 
 @patch
 def _publish(self:CheckpointWriter):
     "Renames the stage; an old checkpoint is moved aside first and removed last"
-    aside = None
-    if self.out.exists():
-        if any(self.out.iterdir()):
-            aside = Path(f'{self.out}.old-{os.getpid()}')
-            os.rename(self.out, aside)
-        else: self.out.rmdir()
-    os.rename(self.stage, self.out)
+    aside = Path(f'{self.out}.old-{os.getpid()}') if self.out.exists() and any(self.out.iterdir()) else None
+    if aside: os.rename(self.out, aside)
+    elif self.out.exists(): self.out.rmdir()
+    try: os.rename(self.stage, self.out)
+    except OSError:
+        if aside: os.rename(aside, self.out)
+        raise
     _sync_folder(self.out.parent)
+    for n in (_JOURNAL, _LOCK): (self.out/n).unlink(missing_ok=True)    # only now: until the rename they make the stage resumable
     if aside: shutil.rmtree(aside)
 
 @patch
@@ -354,7 +354,7 @@ def detect_codebook(
     said = ', '.join(f'{b.name} {o:+.4f}' for b,o in zip(books, off))
     return books[best], f"the mean square of {codes.numel():,} codes differs from what it should be by {said}"
 
-# %% ../nbs/06_checkpoint.ipynb #f661a6f6
+# %% ../nbs/06_checkpoint.ipynb #00d2cea1
 class CheckpointReader:
     """Opens a quantized checkpoint, of this package or of the seed's layout, and checks every header.
 
@@ -367,7 +367,7 @@ class CheckpointReader:
         self.path, self.wanted = self.source.path, codebook
         self.config = _own_config(self.source)
         self.matrices, self.kept = _group(self.source, self.config)
-        self._books, self.evidence = {}, {}                    # bits -> Codebook; bits -> how it was found
+        self._books, self.evidence, self._widths_known = {}, {}, False    # bits -> Codebook; bits -> how it was found
 
     @property
     def names(self): return list(self.matrices)
@@ -458,10 +458,11 @@ def _matrix_info(src, prefix, p, cfg):
     nbytes = sum(t.nbytes for t in p.values())
     return MatrixInfo(name, prefix, (out, width), bits, norms.dtype, codes.file, 'codes' in p, nbytes)
 
-# %% ../nbs/06_checkpoint.ipynb #06582a20
+# %% ../nbs/06_checkpoint.ipynb #94db9b86
 @patch
 def true_shapes(self:CheckpointReader) -> int: # how many widths were corrected
     "Takes the widths that a meta of length four leaves open from the model that config.json describes"
+    self._widths_known = True
     short = [m for m in self.matrices.values() if self.source.tensors.get(f'{m.prefix}__meta') is None or self.source.tensors[f'{m.prefix}__meta'].shape == (4,)]
     if not short or not (self.path/'config.json').is_file(): return 0
     cfg = {k:v for k,v in self.source.config.items() if k != 'quantization_config'}
@@ -512,7 +513,7 @@ def _detect(self:CheckpointReader, bits, enough=4_000_000):
     warn_once(f"{self.path}: no codebook is named; taken for {found.name!r} because {why}. Name it with codebook=... if you know better")
     return found, why
 
-# %% ../nbs/06_checkpoint.ipynb #ba87ae15
+# %% ../nbs/06_checkpoint.ipynb #b4dce284
 @patch
 def _codes(self:CheckpointReader, m, start=None, stop=None):
     "Codes (unpacked, flat) and packed bytes of some rows of a matrix"
@@ -535,6 +536,7 @@ def matrix(self:CheckpointReader,
     """Reads one quantized matrix, or some rows of it.
 
     Raises ConfigError for an unknown name and CheckpointError for norms that are not finite."""
+    if not self._widths_known: self.true_shapes()
     m = self.matrices.get(name)
     if m is None: raise ConfigError(f"{self.path}: no matrix {name!r}, need one of its {len(self.matrices)}; see reader.names")
     rows = slice(start, stop).indices(m.shape[0])[:2]

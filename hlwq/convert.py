@@ -178,14 +178,16 @@ def _where_nonfinite(source, u):
     said = nonfinite_message(w.float() if w.element_size() < 2 else w, u.key).split('; ')[0]
     return f"{said}; repair the checkpoint, or keep the tensor with a recipe rule: match = '{u.row.name}', keep = 'not finite'"
 
-# %% ../nbs/07_convert.ipynb #b8d817d7
+# %% ../nbs/07_convert.ipynb #6970ec4c
 def _kept(source, row, device, times, tick):
     "Yields a tensor that is kept, in pieces; eight-bit floats are widened with their scale"
     t = source.tensors[row.name]
     scale = source.read(row.scale) if row.scale else None
-    for a, b in (row_spans(t.shape[0], prod(t.shape[1:])) if t.shape else [(None, None)]):
+    stack = scale is not None and len(t.shape) == 3
+    for a, b in ([(e, e+1) for e in range(t.shape[0])] if stack else row_spans(t.shape[0], prod(t.shape[1:])) if t.shape else [(None, None)]):
         with times('read'): w = source.read(row.name, a, b)
-        if scale is not None: w = apply_scale(w.view(-1, w.shape[-1]), scale, t.shape[0], a, _fp8_block(source)).to(torch.bfloat16)
+        if stack: w = apply_scale(w[0], scale[a] if scale.ndim > 2 else scale, t.shape[1], 0, _fp8_block(source)).to(torch.bfloat16)[None]
+        elif scale is not None: w = apply_scale(w, scale, t.shape[0], a, _fp8_block(source)).to(torch.bfloat16)
         if w.is_floating_point() and w.element_size() > 1 and not torch.isfinite(w).all(): warn_once(f"{row.name}: NaN or infinity in it; it is kept as it is")
         tick(w.numel()*t.itemsize)
         yield w
@@ -316,7 +318,7 @@ def _finish(cw, source, plan, shards, qc):
     copies = [source.path/n for n in source.other_files if n not in files]
     cw.finish(keys, files, copies, source.skipped_files, size)
 
-# %% ../nbs/07_convert.ipynb #55777695
+# %% ../nbs/07_convert.ipynb #16abedc7
 def _plain_units(reader):
     "What a plain checkpoint holds: (key, dtype, shape, generator of chunks, names) for each tensor"
     stacks, transposed = reader.stacks, set(reader.config.get('transposed') or [])
@@ -358,7 +360,7 @@ def dequantize_checkpoint(
     Raises CheckpointError, UnsupportedError, ConfigError or OSError."""
     with CheckpointReader(src, codebook) as r:
         _check_paths(r.path, out)
-        r.true_shapes()
+        r.true_shapes()                                        # before the plan of the output is made
         name = dtype_name(dtype)
         units = [(k, d or name, shape, names) for k,d,shape,names in _plain_units(r)]
         shards = _cut_plain(units, max_shard_size)

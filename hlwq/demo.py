@@ -147,43 +147,44 @@ def n_shared(
     "Counts the common beginning of two sequences"
     return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../nbs/81_demo.ipynb #ce5c0bdd
+# %% ../nbs/81_demo.ipynb #901c8b34
 def plot_block(
-    w:torch.Tensor, # (out_features, in_features), a trained matrix
+    matrices:list, # trained matrices, (out_features, in_features) each
     bits:int=5, # width of the codebook that is drawn
 ): # a figure with two axes
-    "Draws the distribution of weights before and after the rotation of their blocks"
+    "Draws the distribution of weights as stored, and of their blocks after division by the norm and rotation"
     import matplotlib.pyplot as plt
-    blocks = w.float().reshape(-1, BLOCK_SIZE)
-    blocks = blocks/blocks.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    x = torch.linspace(-5, 5, 161)
-    density = torch.exp(-x*x/2)/(2*torch.pi)**.5
+    rms = lambda x: x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    stored = torch.cat([w.float().flatten()/rms(w.float().flatten()) for w in matrices])
+    blocks = torch.cat([w.float().reshape(-1, BLOCK_SIZE) for w in matrices])
+    x, edges = torch.linspace(-6, 6, 241), torch.linspace(-6, 6, 81)
     with plot_style():
         fig,axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout='constrained')
-        for ax,z,title in zip(axes, (blocks, fwht(blocks)), ('before', 'after the rotation')):
-            kurtosis = z.pow(4).mean()
-            counts = torch.histc(z, bins=100, min=-5, max=5)/(z.numel()*.1)
-            ax.stairs(counts, torch.linspace(-5, 5, 101), fill=True, color=COLOURS[4], label=f'trained weights (kurtosis {kurtosis:.2f})')
-            ax.plot(x, density, color=COLOURS[5], lw=1.5, label='normal distribution (3.00)')
-            ax.set(yscale='log', ylim=(1e-5, 2), xlabel='weight / root mean square of its block', title=title)
+        for ax,z,title in zip(axes, (stored, fwht(blocks/rms(blocks))), ('as stored', 'each block divided by its norm and rotated')):
+            density = torch.histc(z, bins=80, min=-6, max=6)/(z.numel()*.15)
+            ax.stairs(density.clamp_min(1e-9), edges, fill=True, color=COLOURS[4], label=f'trained weights (kurtosis {z.pow(4).mean():.2f})')
+            ax.plot(x, torch.exp(-x*x/2)/(2*torch.pi)**.5, color=COLOURS[5], lw=1.5, label='normal distribution (3)')
+            ax.set(yscale='log', ylim=(1e-5, 8), xlabel='weight / root mean square', title=title)
             ax.legend(loc='upper left', fontsize=7)
         axes[1].vlines(codebook('lloyd-max', bits).centroids, 1e-5, 2.2e-5, color='k', lw=.8)
         axes[0].set_ylabel('density')
     return fig
 
-# %% ../nbs/81_demo.ipynb #ebc64637
+def _looked_into(source): return [source.read(k) for k in source.tensors if k.endswith(('.q_proj.weight', '.in_proj_qkv.weight'))]
+
+# %% ../nbs/81_demo.ipynb #483883bd
 def save_figures(
     out:Path, # folder
     sizes:dict, # label -> bytes
     comparisons:dict, # bits -> Comparison
-    w:torch.Tensor, # a matrix to look into
+    matrices:list, # trained matrices to look into
 ) -> list: # names of the files
     "Draws the three figures of the demonstration and saves them as PNG"
     import matplotlib
     backend = matplotlib.get_backend()
     matplotlib.use('agg')                                      # no window, no display needed
     import matplotlib.pyplot as plt
-    figures = {'sizes.png': plot_sizes(sizes, 'tiny-moe-10m: size of the weights'), 'quality.png': plot_quality(comparisons), 'block.png': plot_block(w)}
+    figures = {'sizes.png': plot_sizes(sizes, 'tiny-moe-10m: size of the weights'), 'quality.png': plot_quality(comparisons), 'block.png': plot_block(matrices)}
     for name,fig in figures.items():
         fig.savefig(out/name)
         plt.close(fig)
@@ -212,7 +213,7 @@ def _check(folder):
     if not report.ok: raise CheckpointError(f"{folder}: {listing(report.problems)}, need a folder without a fault; run the demo again")
     return report
 
-# %% ../nbs/81_demo.ipynb #f9622609
+# %% ../nbs/81_demo.ipynb #2c729cd3
 def run_demo(
     out='hlwq-demo', # folder for the results
     screen:Screen=None, # where to tell, by default the standard output
@@ -236,7 +237,7 @@ def run_demo(
     with stage(screen, 'writing two texts'): texts = {k: continuation(m, tokenizer) for k,m in (('bf16', original), ('Q5', others[5]))}
     _show_texts(texts, tokenizer, screen)
     with stage(screen, 'drawing'), open_source(model) as s:
-        figures = save_figures(out, sizes, got, torch.cat([s.read(k) for k in s.tensors if 'experts.' in k and 'down_proj' in k]))
+        figures = save_figures(out, sizes, got, _looked_into(s))
     res = _as_json(out, sizes, plans, got, texts, tokenizer, figures, time.perf_counter()-start)
     screen.say(f'\nFigures ({", ".join(figures)}), the quantized models and the numbers ({_MARK}) are in {out}/')
     screen.say(f"Next, with a model of yours:  hlwq plan MODEL    then  hlwq quantize MODEL OUT")
