@@ -58,7 +58,7 @@ def pm(o, name, scale=1, digits=None):
 
 def to_markdown(r):
     lines = [f"# Quality of {r['name']}, through the dequantized model", '',
-        f"{r['n_matrices']} matrices with {r['quantized_params']:,} of {r['total_params']:,} weights ({100*r['quantized_params']/r['total_params']:.1f} %; {100*r['coverage']:.1f} % of those that no rule keeps); weight files of {human_bytes(r['weight_file_bytes'])} before.",
+        f"{r['n_matrices']} matrices with {r['quantized_params']:,} of {r['total_params']:,} weights ({100*r['coverage']:.1f} %); weight files of {human_bytes(r['weight_file_bytes'])} before.",
         f"± is one standard error over windows of {r['window']} tokens; that of the ratio is paired. It covers the choice of text, not the choice of rounding.", '',
         '| bits | bits per weight | weight files | relative weight error | worst matrix |', '|---|---|---|---|---|']
     lines += [f"| {o['bits']} | {o['bits_per_weight']:.3f} | {human_bytes(o['weight_file_bytes'])} | {o['relative_error']:.4f} | {o['worst_error']:.4f} `{o['worst_matrix']}` |" for o in r['rows']]

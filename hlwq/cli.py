@@ -79,7 +79,7 @@ def _number(text):
         except (TypeError, ValueError): pass
     return text
 
-# %% ../nbs/90_cli.ipynb #0d8f3b79
+# %% ../nbs/90_cli.ipynb #043541a6
 _RESUMES = {'quantize', 'dequantize'}
 
 def resume_command(
@@ -99,7 +99,7 @@ def _failed(e, args):
     known = isinstance(e, (HLWQError, OSError))
     if hasattr(e, 'format_message'):                           # a usage error, from typer or from click
         command = next((a for a in args if a in _names()), None)
-        text = f"{e.format_message().rstrip('.')}; see {shlex.join(filter(None, ['hlwq', command, '--help']))}"
+        text = f"{e.format_message().rstrip('.?')}; see {shlex.join(filter(None, ['hlwq', command, '--help']))}"
     elif known: text = one_line(e)
     else: text = f"unexpected {type(e).__name__}: {one_line(e)}; this should not happen, HLWQ_DEBUG=1 shows where"
     sys.stderr.write(f"hlwq: {' '.join(text.split())}\n")

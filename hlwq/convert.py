@@ -132,7 +132,7 @@ def unit_spans(
     "Cuts a matrix into pieces; an expert, or a matrix that is stored the other way round, is one piece"
     return [(0, u.out)] if u.expert is not None or u.row.transposed else row_spans(u.out, u.width)
 
-# %% ../nbs/07_convert.ipynb #3fa98350
+# %% ../nbs/07_convert.ipynb #ae63b4eb
 class _Times(dict):
     "Seconds spent in reading, quantizing and writing, summed over threads"
     @contextmanager
@@ -175,7 +175,7 @@ def _quantized(source, u, pieces, norm, book, device, times, norms, tick):
 def _where_nonfinite(source, u):
     "Says which weights of a unit are not finite, and how to keep the tensor as it is"
     w = source.read(u.row.name) if u.expert is None else source.read(u.row.name, u.expert, u.expert+1)[0]
-    said = nonfinite_message(w.float() if w.element_size() < 2 else w, u.key).split('; ')[0]
+    said = nonfinite_message(w, u.key).split('; ')[0]
     return f"{said}; repair the checkpoint, or keep the tensor with a recipe rule: match = '{u.row.name}', keep = 'not finite'"
 
 # %% ../nbs/07_convert.ipynb #6970ec4c

@@ -103,7 +103,7 @@ def _times_two_to(x, exponent):
     for e in (half, exponent - half): x.mul_(((e.int() + 127) << 23).view(torch.float32))    # the bits of 2**e
     return x
 
-# %% ../nbs/04_quantize.ipynb #c8e85e88
+# %% ../nbs/04_quantize.ipynb #761358f9
 def encode_chunk(
     blocks:Tensor, # (n, 128) float32
     book:Codebook, # codebook of the wanted width
@@ -133,8 +133,8 @@ def encode_chunk(
 def _gains(lengths, z, codes, book, free, index):
     "Least-squares gain of each block: length * <z,c> / <c,c>"
     torch.index_select(book.centroids.to(z.device), 0, index.copy_(codes).view(-1), out=free.view(-1))
-    projection = tree_sum(z.mul_(free))
-    return lengths * projection / tree_sum(free.mul_(free))
+    projection, energy = tree_sum(z.mul_(free)), tree_sum(free.mul_(free))
+    return torch.where(energy > 0, lengths*projection/energy, 0)    # a codebook of one's own may have a centroid at zero
 
 # %% ../nbs/04_quantize.ipynb #dcbc0368
 _CHUNK = 2048                                                  # blocks: 1 MB of float32
@@ -289,7 +289,7 @@ def dequantize(self:QuantizedTensor,
     "Decodes the whole matrix"
     return dequantize_rows(self.packed.view(self.shape[0], -1), self.norms, self.codebook, self.shape[1], dtype)
 
-# %% ../nbs/04_quantize.ipynb #2178191e
+# %% ../nbs/04_quantize.ipynb #68dc5b46
 def _check_matrix(w, name):
     "Raises ConfigError unless w is a 2-D float tensor with something in it"
     if not isinstance(w, Tensor): raise ConfigError(f"{name}: {type(w).__name__}, need a torch tensor; wrap it with torch.as_tensor")
@@ -302,7 +302,8 @@ def nonfinite_message(
     w:Tensor, # the tensor, any shape
     name:str, # how to call it
 ) -> str:
-    "Says how many weights are NaN and infinite, and where the first one is"
+    "Says how many weights are NaN and infinite, as float32, and where the first one is"
+    w = w.float()
     bad = ~torch.isfinite(w)
     first = tuple(bad.nonzero()[0].tolist()) if bad.any() else ()
     return f"{name}: {int(w.isnan().sum())} NaN and {int(w.isinf().sum())} infinite weights, the first at {first}, need finite ones; repair the checkpoint, or keep this tensor unquantized"

@@ -305,7 +305,7 @@ def _check_rules(src, rules, outcome):
             raise ConfigError(f"rule '{r.match}': {listing(dict.fromkeys(seen))}, need a matrix that may be quantized; {help}")
         elif r.force: warn_once(f"rule '{r.match}' quantizes protected tensors by force")
 
-# %% ../nbs/05_recipe.ipynb #88678e14
+# %% ../nbs/05_recipe.ipynb #f7cafabf
 @dataclass
 class Plan:
     "One row for every tensor of a checkpoint: quantize, keep or drop, and why"
@@ -335,11 +335,13 @@ class Plan:
     @property
     def forgotten(self): return [r for r in self.only('keep') if r.rule.startswith(_NO_RULE) and len(r.shape) in (2, 3) and r.dtype in FLOATS+FP8]
     @property
-    def coverage(self):
+    def coverage(self): return self.quantized_params/max(self.total_params, 1)
+    @property
+    def understood(self):
         q = self.quantized_params
         return q/max(q + sum(r.numel for r in self.forgotten), 1)
 
-# %% ../nbs/05_recipe.ipynb #9a6b7ece
+# %% ../nbs/05_recipe.ipynb #dc263670
 SHARD_NBYTES = 5_000_000_000
 
 def _lay_out(rows):
@@ -387,9 +389,9 @@ def _check_plan(plan, min_coverage):
     "A plan must speak of every tensor once, quantize something, and not overlook much"
     if len(plan._by_name) != len(plan.rows) or plan._by_name.keys() != plan.source.tensors.keys():
         raise CheckpointError(f"{plan.source.path}: the plan has {len(plan.rows)} rows for {len(plan.source.tensors)} tensors, need one each; this is a fault of hlwq, please report it")
-    if plan.coverage >= min_coverage and (plan.n_matrices or not min_coverage): return
+    if plan.understood >= min_coverage and (plan.n_matrices or not min_coverage): return
     big = sorted(plan.forgotten, key=lambda r: -r.numel)
-    what = f"only {plan.coverage:.1%} of the matrices would be quantized, without {listing(f'{r.name} {list(r.shape)}' for r in big)}" if big else 'nothing would be quantized'
+    what = f"only {plan.understood:.1%} of the matrices would be quantized, without {listing(f'{r.name} {list(r.shape)}' for r in big)}" if big else 'nothing would be quantized'
     raise ConfigError(f"{plan.source.path}: {what}, need {min_coverage:.0%}; add a rule with bits or keep for them, or lower min_coverage")
 
 # %% ../nbs/05_recipe.ipynb #8854e49c

@@ -15,7 +15,7 @@ from hlwq.lloyd_max import codebook
 from kit import snapshot
 
 SHARD = 150_000
-POINTS = ('os.replace', 'os.rename', 'os.fsync', 'os.unlink', 'os.mkdir', 'os.rmdir', 'shutil.rmtree', 'hlwq.convert.quantize_rows', 'json.dumps')
+POINTS = ('os.replace', 'os.rename', 'os.fsync', 'os.unlink', 'os.mkdir', 'os.rmdir', 'shutil.rmtree', 'hlwq.convert.quantize_rows', 'hlwq.checkpoint.file_sha256')
 
 def run(mode, src, out):
     if mode == 'dequantize': convert.dequantize_checkpoint(src, out, max_shard_size=4*SHARD, progress=False)

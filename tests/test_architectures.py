@@ -65,7 +65,7 @@ def test_partition_by_hand(name, plan_of):
 def test_coverage_outside_embeddings(name, plan_of):
     plan = plan_of(name)
     mass = sum(r.numel for r in plan.rows if len(r.shape) in (2, 3) and 'embed' not in r.name and 'lm_head' not in r.name)
-    assert plan.quantized_params >= .9*mass and plan.coverage == 1
+    assert plan.quantized_params >= .9*mass and plan.understood == 1
     bad = [r.name for r in plan.only('quantize') if any(o in r.name for o in NEVER)]
     assert not bad
 
@@ -85,7 +85,7 @@ def test_files_as_transformers_writes_them(name, plan_of, tmp_path):
     for original in (True, False):
         model.save_pretrained(tmp_path/str(original), save_original_format=original)
         plan = make_plan(tmp_path/str(original))
-        assert plan.quantized_params == want.quantized_params and total(plan) == total(want) and plan.coverage == 1
+        assert plan.quantized_params == want.quantized_params and total(plan) == total(want) and plan.understood == 1
         assert not [r.name for r in plan.only('quantize') if any(o in r.name for o in NEVER)]
 
 def test_seed(tmp_path):
@@ -93,5 +93,5 @@ def test_seed(tmp_path):
     plan = make_plan(tmp_path)
     assert (plan.n_matrices, plan.n_keys) == (20_730, 62_190)
     assert (round(plan.quantized_params/1e9, 3), round(plan.total_params/1e9, 3)) == (33.617, 35.114)
-    assert round(plan.bits_per_weight, 3) == 5.125 and round(plan.nbytes/1e9, 2) == 21.55 and plan.coverage == 1
+    assert round(plan.bits_per_weight, 3) == 5.125 and round(plan.nbytes/1e9, 2) == 21.55 and plan.understood == 1
     assert json.loads(json.dumps(plan.to_json()))['n_keys'] == 62_190

@@ -128,7 +128,7 @@ def test_broken_source(case, src, here):
     (here/'place').mkdir()
     if isinstance(error, tuple):
         with pytest.raises(error, match=match): convert_to(src, here/'place'/'out')
-    else: refused(src, here/'place'/'out', error, match)
+    else: refused(src, here/'place'/'out', error, match, max_shard_size=10**9)     # one shard: a NaN in a later one would leave those before it, for resuming
     assert not list((here/'place').iterdir())
 
 def test_no_source(here, model):
@@ -148,7 +148,7 @@ def test_first_eight_offenders_and_their_number(src, here):
 
 @pytest.mark.parametrize('kw,error,match', [(dict(bits=b), ConfigError, 'need one of 2, 3, 4, 5, 6, 8') for b in (0, 1, 1.5, 7, 9, '5', True)] + [
     (dict(norm='l1'), ConfigError, "need 'gain' or 'l2'"), (dict(codebook='loyd-max'), ConfigError, 'unknown, need one of'), (dict(device='cuda:97'), ConfigError, "'cpu' always works"), (dict(device='tpu'), ConfigError, 'need one that this machine has'),
-    (dict(recipe=Recipe(rules=[Rule('self_atn', bits=4)])), ConfigError, 'matches none of 16 tensors.*did you mean.*self_attn'), (dict(recipe=Recipe(rules=[Rule(r'mlp\.gate\.', bits=4)])), ConfigError, r'protected \(router\)'), (dict(recipe=42), ConfigError, 'need a Recipe')])
+    (dict(recipe=Recipe(rules=[Rule('self_atn', bits=4)])), ConfigError, 'matches none of 15 tensors.*did you mean.*self_attn'), (dict(recipe=Recipe(rules=[Rule(r'mlp\.gate\.', bits=4)])), ConfigError, r'protected \(router\)'), (dict(recipe=42), ConfigError, 'need a Recipe')])
 def test_bad_requests(kw, error, match, model, here): refused(model, here/'out', error, match, **kw)
 
 def test_bad_recipe_files(model, here):
@@ -231,7 +231,8 @@ def test_no_permission(model):
     with tempfile.TemporaryDirectory() as d:
         base = Path(d); base.chmod(0o755)
         src = shutil.copytree(model, base/'src')
-        shutil.copytree(model, base/'unreadable'); shard(base/'unreadable').chmod(0)
+        for p in src.iterdir(): p.chmod(0o644)                  # the library writes them as 0600
+        shutil.copytree(src, base/'unreadable'); shard(base/'unreadable').chmod(0)
         for n,mode in (('ro', 0o555), ('rw', 0o777)): (base/n).mkdir(); (base/n).chmod(mode)
         before = snapshot(src, times=True)
         r = subprocess.run([sys.executable, '-c', AS_NOBODY, src, base], capture_output=True, text=True, cwd=TESTS.parent)
@@ -274,11 +275,11 @@ def stopped_half_way(model, out, monkeypatch, after=2, error=KeyboardInterrupt, 
         with pytest.raises(error if isinstance(error, type) else type(error)): convert_to(model, out, **kw)
 
 def half_done(out, n):
-    "D1: no output; in the stage a journal of n shards, which are whole, and nothing unfinished"
+    "D1: no output; in the stage a journal of n shards (None: some), which are whole, and nothing unfinished"
     stage = Path(f'{out}.partial')
     lines = [json.loads(l) for l in (stage/'journal.jsonl').read_text().splitlines()]
     shards = sorted(p.name for p in stage.glob('*.safetensors'))
-    assert not Path(out).exists() and [l['name'] for l in lines[1:]] == shards and len(shards) == n
+    assert not Path(out).exists() and [l['name'] for l in lines[1:]] == shards and len(shards) == (n or len(shards)) > 0
     assert sorted(p.name for p in stage.iterdir()) == sorted([*shards, 'journal.jsonl', 'lock'])
     for l in lines[1:]: assert checkpoint.file_sha256(stage/l['name']) == l['sha256']
 
@@ -297,7 +298,7 @@ def test_file_size_limit_stands_in_for_a_full_disk(model, here, clean):
 @pytest.fixture
 def small_disk(here):
     d = here/'disk'; d.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', d], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=320k', 'tmpfs', d], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
     yield d
     subprocess.run(['umount', '-l', d], check=True)
 
@@ -309,26 +310,28 @@ def test_disk_fills_up(small_disk, model, clean, monkeypatch):
         m.setattr(shutil, 'disk_usage', lambda p: real(p)._replace(free=10**12))
         with pytest.raises(OSError) as e: convert_to(model, small_disk/'out')
     assert e.value.errno == errno.ENOSPC and 'out.partial/model-0000' in e.value.filename and 'free some space, then run the same command again' in str(e.value)
-    half_done(small_disk/'out', 2)
+    half_done(small_disk/'out', None)
     assert snapshot(model, times=True) == before
+    subprocess.run(['mount', '-o', 'remount,size=320k', small_disk], check=True)
     with pytest.raises(OSError, match='free, need'): convert_to(model, small_disk/'out')       # now the check beforehand sees it
-    half_done(small_disk/'out', 2)
+    half_done(small_disk/'out', None)
     subprocess.run(['mount', '-o', 'remount,size=4m', small_disk], check=True)
     convert_to(model, small_disk/'out')
     assert snapshot(small_disk/'out') == clean and os.listdir(small_disk) == ['out']
 
-@pytest.mark.parametrize('size', [4096, 20480, 36864, 53248, 69632, 86016])
-def test_disk_full_at_any_file(size, small_disk, model, clean, monkeypatch):
-    "Whatever file meets the end of the disk, the error names a file, and the same call goes on when there is room"
+@pytest.mark.parametrize('short', [1, 2, 3, 4, 5, 6, 8, 12])
+def test_disk_full_at_any_file(short, small_disk, model, room, clean, monkeypatch):
+    "Some pages too few for all files: whichever file meets the end of the disk, the error names one, and the same call goes on when there is room"
+    def mount(pages): subprocess.run(['mount', '-o', f'remount,size={pages*4096}', small_disk], check=True)
+    need = sum(-(-(room/'clean'/k).stat().st_size//4096) for k in clean) + 3     # and the journal, the lock, the folder
+    mount(need - short)
     with monkeypatch.context() as m:
         real = shutil.disk_usage
         m.setattr(shutil, 'disk_usage', lambda p: real(p)._replace(free=10**12))
-        subprocess.run(['mount', '-o', 'remount,size=4m', small_disk], check=True)
-        (small_disk/'ballast').write_bytes(b'x'*((4 << 20) - sum(-(-(Path(model).parent/'clean'/k).stat().st_size//4096)*4096 for k in clean) + size - 40960))
         with pytest.raises(OSError) as e: convert_to(model, small_disk/'out')
     assert e.value.errno == errno.ENOSPC and e.value.filename, repr(e.value)
     assert not (small_disk/'out').exists()
-    (small_disk/'ballast').unlink()
+    mount(1024)
     convert_to(model, small_disk/'out')
     assert snapshot(small_disk/'out') == clean and os.listdir(small_disk) == ['out']
 
@@ -339,7 +342,7 @@ def failing(monkeypatch, name, n, code):
     real,count = getattr(os, name),[0]
     def f(*a, **k):
         count[0] += 1
-        if count[0] == n: raise OSError(code, os.strerror(code))
+        if count[0] == n: raise OSError(code, os.strerror(code), *(str(o) for o in a[:1] if name != 'fsync'))    # as the real ones: fsync knows no name
         return real(*a, **k)
     monkeypatch.setattr(os, name, f)
     return count
@@ -360,8 +363,8 @@ def test_each_call_fails_once(name, model, here, clean, monkeypatch):
         if said is not None:
             assert said.errno == errno.EIO
             if not said.filename: unnamed.append(n)
-            assert not out.exists() or snapshot(out) == clean   # the very last fsync comes after the folder has its name
-            if not out.exists(): convert_to(model, out)
+            try: convert_to(model, out)
+            except FileExistsError: pass                        # the very last fsync comes after the folder has its name
         assert snapshot(out) == clean and not Path(f'{out}.partial').exists(), n
     assert n > 1 and snapshot(model, times=True) == before
     assert not unnamed, f'no file name in the error of call {unnamed}'
@@ -552,7 +555,7 @@ def test_overwrite_that_fails_leaves_the_old_one(src, here, monkeypatch):
     assert snapshot(here/'out', times=True) == before
     shutil.rmtree(here/'out.partial')
     a_nan(src)
-    with pytest.raises(NonFiniteError): convert_to(src, here/'out', overwrite=True)
+    with pytest.raises(NonFiniteError): convert_to(src, here/'out', overwrite=True, max_shard_size=10**9)
     assert snapshot(here/'out', times=True) == before and sorted(os.listdir(here)) == ['out', 'src']
 
 def stopped_half_way_over(src, out, monkeypatch):
@@ -597,9 +600,10 @@ def test_partition_copies_and_manifest(src, here):
 def test_suggested_rule_works(src, here):
     "The error about a NaN names a rule; with that rule the tensor is kept, with a warning"
     a_nan(src)
-    with pytest.raises(NonFiniteError) as e: convert_to(src, here/'out')
+    with pytest.raises(NonFiniteError) as e: convert_to(src, here/'out', max_shard_size=10**9)
     rule = str(e.value).split('recipe rule: ')[1]
     (here/'r.toml').write_text('[[rules]]\n' + rule.replace(', keep', '\nkeep'))
+    warn_once.cache_clear()
     with pytest.warns(HLWQWarning, match='q_proj.weight: NaN or infinity in it; it is kept'): convert_to(src, here/'out', recipe=here/'r.toml')
     assert verify_checkpoint(here/'out').ok and tensors_of(here/'out')[L+'self_attn.q_proj.weight'].isnan().sum() == 1
 

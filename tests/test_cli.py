@@ -1,0 +1,218 @@
+"The `hlwq` command as users and scripts meet it: output, one-line errors, exit codes, interruption"
+import json,os,shlex,shutil,signal,subprocess,sys,time
+from pathlib import Path
+import pytest
+from typer.testing import CliRunner
+from common import ROOT
+from hlwq import __version__
+from hlwq.cli import app,main,parse_size,resume_command
+from hlwq import recipe
+from hlwq.core import ConfigError,asset_path
+
+TINY = asset_path('tiny-moe-10m')
+COMMANDS = 'demo plan quantize verify inspect dequantize eval'.split()
+
+@pytest.fixture(scope='module')
+def q5(tmp_path_factory):
+    "A quantized folder that no test may change"
+    out = tmp_path_factory.mktemp('cli')/'q5'
+    assert main(['quantize', str(TINY), str(out), '--quiet']) == 0
+    return out
+
+@pytest.fixture
+def hlwq(capsys, tmp_path, monkeypatch):
+    "Runs a command in this process, in an empty folder: exit code, stdout, stderr"
+    monkeypatch.chdir(tmp_path)
+    def run(*args):
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        return code,*capsys.readouterr()
+    return run
+
+def process(*args, code='from hlwq.cli import main; import sys; sys.exit(main())', **kw):
+    "The command as a process of its own"
+    return subprocess.Popen([sys.executable,'-c',code,*map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def fails(found, *needles):
+    "One line on stderr, nothing on stdout, exit code 2"
+    code,out,err = found
+    assert (code,out) == (2,'') and err.startswith('hlwq: ') and err.count('\n') == 1, (code,out,err)
+    for n in needles: assert n in err
+
+def test_help_names_every_command():
+    r = CliRunner().invoke(app, ['--help'], env=dict(COLUMNS='120'))
+    assert r.exit_code == 0 and all(c in r.output for c in COMMANDS)
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_each_command_explains_itself(name):
+    "A summary, an example that could be typed, and help for every option"
+    r = CliRunner().invoke(app, [name,'--help'], env=dict(COLUMNS='200'))
+    assert r.exit_code == 0 and f'hlwq {name}' in r.output.split('xample')[-1]
+    command = next(c for c in app.registered_commands if c.name == name)
+    assert command.callback.__doc__ and command.epilog
+
+def test_bare_command_and_version(hlwq):
+    code,out,err = hlwq()
+    assert (code,err) == (0,'') and 'Usage' in out
+    assert hlwq('--version') == (0,f'hlwq {__version__}\n','')
+
+def test_help_is_cheap():
+    "Neither --help nor --version loads torch, and plan does without transformers"
+    code = '''
+import sys
+from hlwq.cli import main
+main(['--help']); main(['plan','--help'])
+early = 'torch' in sys.modules
+main(['plan', sys.argv[1]])
+print(early, sorted({'transformers','matplotlib'} & sys.modules.keys()))'''
+    out,err = process(TINY, code=code).communicate()
+    assert out.splitlines()[-1] == 'False []', err
+
+@pytest.mark.parametrize('line,needle', [
+    ('quantise a b', "No such command 'quantise'"), ('plan', 'hlwq plan --help'), ('plan a --bit 4', '--bit'), ('plan a --min-coverage 90', '--min-coverage'),
+    ('quantize a', "'OUT'"), ('eval a --text b', '--against'), ('plan nowhere', 'nowhere: no such file or folder'), ('verify nowhere', 'no such folder'), ('inspect nowhere', 'no such file or folder'),
+    ('dequantize nowhere out', 'no such file or folder'), ('demo --out file.txt', 'file.txt: a file')])
+def test_wrong_commands(hlwq, line, needle):
+    Path('file.txt').write_text('')
+    fails(hlwq(*shlex.split(line)), needle)
+    assert [o.name for o in Path().iterdir()] == ['file.txt']
+
+@pytest.mark.parametrize('bits', ['0','1.5','9','five'])
+def test_wrong_bits(hlwq, bits):
+    for command in (['plan',TINY],['quantize',TINY,'out']): fails(hlwq(*command,'--bits',bits), 'need one of 2, 3, 4, 5, 6, 8')
+
+@pytest.mark.parametrize('options,needle', [('--norm l3','norm'), ('--codebook gauss','codebook'), ('--device cuda:77','device'), ('--max-shard-size 5apples','5GB'), ('--recipe none.toml','none.toml: No such file'), ('--recipe typo.toml','did you mean')])
+def test_wrong_options(hlwq, options, needle):
+    Path('typo.toml').write_text("[[rules]]\nmatch = 'down_porj'\nbits = 4\n")
+    fails(hlwq('quantize', TINY, 'out', *options.split()), needle)
+    assert not Path('out').exists() and not Path('out.partial').exists()
+
+def spoilt(kind):
+    "A copy of the model with one fault"
+    shutil.copytree(TINY, kind)
+    weights = Path(kind)/'model.safetensors'
+    raw = weights.read_bytes()
+    if kind == 'cut': weights.write_bytes(raw[:-1000])
+    if kind == 'lfs': weights.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 19749192\n')
+    if kind == 'gone': weights.unlink()
+    if kind == 'empty': weights.write_bytes(b'')
+    if kind == 'pickle': weights.rename(weights.with_name('pytorch_model.bin'))
+    if kind == 'index': weights.with_name('model.safetensors.index.json').write_text(json.dumps(dict(weight_map={'model.norm.weight':'model-00001-of-00002.safetensors'})))
+    return kind
+
+@pytest.mark.parametrize('kind,needle', [('cut','incomplete download'), ('lfs','git lfs pull'), ('gone','no weights'), ('empty','empty file'), ('pickle','pickle checkpoints are not read'), ('index','missing')])
+def test_bad_sources(hlwq, kind, needle):
+    spoilt(kind)
+    if kind == 'index': (Path(kind)/'model.safetensors').unlink()
+    for command in (['plan',kind],['quantize',kind,'out'],['inspect',kind]): fails(hlwq(*command), needle)
+    assert sorted(o.name for o in Path().iterdir()) == [kind]
+
+def test_output_in_the_way(hlwq, q5):
+    fails(hlwq('quantize', TINY, TINY), 'same folder')
+    fails(hlwq('quantize', q5, 'out'), 'already quantized')
+    Path('out').mkdir(); Path('out/mine').write_text('keep me')
+    fails(hlwq('quantize', TINY, 'out'), 'exists already')
+    assert Path('out/mine').read_text() == 'keep me'
+    fails(hlwq('dequantize', q5, 'out'), 'exists already')
+    assert hlwq('quantize', TINY, 'out', '--overwrite')[0] == 0 and not Path('out/mine').exists()
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_no_permission(hlwq):
+    Path('locked').mkdir(mode=0o500)
+    fails(hlwq('quantize', TINY, 'locked/out'), 'permission')
+
+def test_json_is_one_object(hlwq, q5):
+    plan = json.loads(hlwq('plan', TINY, '--json')[1])
+    assert (plan['n_matrices'],plan['n_keys'],len(plan['rows'])) == (217,651,255)
+    made = json.loads(hlwq('quantize', TINY, 'q3', '--bits', '3', '--json')[1])
+    assert made['nbytes_after'] < made['nbytes_before'] and made['seconds']['total'] > 0
+    assert json.loads(hlwq('verify', q5, '--json')[1])['ok'] is True
+    assert json.loads(hlwq('inspect', q5, '--json')[1])['n_matrices'] == 217
+    assert json.loads(hlwq('inspect', q5, 'model.norm.weight', '--json')[1])['dtype'] == 'BF16'
+    assert json.loads(hlwq('dequantize', 'q3', 'plain', '--dtype', 'float32', '--json')[1])['dtype'] == 'float32'
+
+def test_recipe_sets_the_bits(hlwq):
+    "Without --bits the recipe decides, with it the command line"
+    Path('r.toml').write_text("bits = 4\n")
+    assert json.loads(hlwq('quantize', TINY, 'a', '--recipe', 'r.toml', '--json')[1])['bits_per_weight'] == pytest.approx(4.125)
+    assert json.loads(hlwq('plan', TINY, '--recipe', 'r.toml', '--bits', '6', '--json')[1])['bits_per_weight'] == pytest.approx(6.125)
+
+def test_plan_lists_tensors(hlwq):
+    code,out,_ = hlwq('plan', TINY, '--tensors')
+    assert code == 0 and 'model.layers.0.mlp.gate.weight' in out and 'router' in out and max(map(len, out.splitlines())) < 200
+
+def test_verify_tells_good_from_bad(hlwq, q5):
+    assert hlwq('verify', q5)[0] == hlwq('verify', q5, '--quick')[0] == 0
+    shutil.copytree(q5, 'bad')
+    f = next(Path('bad').glob('*.safetensors'))
+    raw = bytearray(f.read_bytes()); raw[-3] ^= 4; f.write_bytes(raw)
+    code,out,err = hlwq('verify', 'bad')
+    assert (code,err) == (1,'') and f.name in out and 'sha256' in out
+    assert hlwq('verify', 'bad', '--quick')[0] == 0
+    f.write_bytes(raw[:-1])
+    assert hlwq('verify', 'bad', '--quick')[0] == 1
+    Path('bad/hlwq_manifest.json').unlink()
+    assert hlwq('verify', 'bad')[0] == 1
+
+def test_inspect_shows_one_matrix(hlwq, q5):
+    code,out,_ = hlwq('inspect', q5, 'model.layers.3.self_attn.q_proj.weight')
+    assert code == 0 and '512 x 256 at 5 bits' in out and len([l for l in out.splitlines() if l.rstrip().endswith('#')]) >= 30
+    fails(hlwq('inspect', q5, 'self_attn.q_proj'), 'did you mean model.layers.3.self_attn.q_proj.weight')
+
+def test_eval_needs_what_it_names(hlwq, q5):
+    fails(hlwq('eval', q5, '--against', TINY, '--text', 'none.txt'), 'none.txt: no such file')
+    fails(hlwq('eval', TINY, '--against', TINY, '--text', 'none.txt'), 'no HLWQ codes')
+    Path('m').mkdir(); shutil.copy(TINY/'model.safetensors', 'm'); Path('t.txt').write_text('a b c')
+    fails(hlwq('eval', q5, '--against', 'm', '--text', 't.txt'), 'transformers loads no tokenizer')
+
+def test_interrupt_prints_the_command_that_goes_on(tmp_path):
+    "Ctrl-C between shards: exit code 130, the output absent, the printed command completes it"
+    code = '''
+import sys, time, hlwq.convert as c
+def slowly(*a, f=c.write_shard): f(*a); time.sleep(.5)
+c.write_shard = slowly
+from hlwq.cli import main
+sys.exit(main())'''
+    args = ['quantize',str(TINY),'my model','--max-shard-size','1MB','--no-resume']
+    p = process(*args, code=code, cwd=tmp_path)
+    journal,end = tmp_path/'my model.partial/journal.jsonl',time.monotonic()+60
+    while time.monotonic() < end and not (journal.exists() and journal.read_text().count('\n') >= 3): time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=60)
+    assert (p.returncode,out) == (130,'') and 'Traceback' not in err and not (tmp_path/'my model').exists()
+    again = shlex.split(err.strip().splitlines()[-1])
+    assert again == ['hlwq',*args[:-1]]
+    kept = journal.read_text().splitlines()[1:]
+    assert len(kept) >= 2
+    dates = {f:(tmp_path/'my model.partial'/f).stat().st_mtime_ns for f in (json.loads(l)['name'] for l in kept)}
+    out,err = process(*again[1:], cwd=tmp_path).communicate()
+    assert (tmp_path/'my model/hlwq_manifest.json').exists(), err
+    assert {f:(tmp_path/'my model'/f).stat().st_mtime_ns for f in dates} == dates    # what was finished was not made again
+
+def test_resume_command():
+    assert resume_command(['quantize','a b','c$d','--no-resume','--bits','4']) == "hlwq quantize 'a b' 'c$d' --bits 4"
+
+def test_closed_pipe_is_no_error():
+    p = process('plan', TINY, '--tensors', '--json')
+    p.stdout.close()
+    assert p.wait(60) == 141 and p.stderr.read() == ''
+
+def test_unexpected_errors(hlwq, monkeypatch):
+    "A fault of the package itself: one line, and the traceback only if asked for"
+    def broken(*args, **kw): raise RuntimeError('the sky\nis falling')
+    monkeypatch.setattr(recipe, 'make_plan', broken)
+    fails(hlwq('plan', TINY), 'unexpected RuntimeError: the sky is falling', 'HLWQ_DEBUG')
+    monkeypatch.setenv('HLWQ_DEBUG', '1')
+    with pytest.raises(RuntimeError): main(['plan',str(TINY)])
+
+def test_sizes():
+    assert [parse_size(s) for s in ('5GB','5 gb','1_000','2GiB','0.5MB')] == [5*10**9,5*10**9,1000,2**31,500_000]
+    for bad in ('','B','GB','-5GB','five','1e400','nan','inf','5 GBB','5XB'):
+        with pytest.raises(ConfigError): parse_size(bad)
+
+def test_demo_keeps_off_foreign_files(hlwq):
+    Path('d').mkdir(); Path('d/thesis.tex').write_text('x')
+    fails(hlwq('demo','--out','d'), 'thesis.tex')
+    assert Path('d/thesis.tex').read_text() == 'x'
+    Path('d/hlwq-demo.json').write_text('{}')
+    fails(hlwq('demo','--out','d'), 'thesis.tex')
