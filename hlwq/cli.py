@@ -43,13 +43,13 @@ def _hlwq(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', c
     Nothing is ever changed in place. Each command has its own help: hlwq plan --help"""
     if ctx.invoked_subcommand is None: sys.stdout.write(ctx.get_help() + '\n')
 
-# %% ../nbs/90_cli.ipynb #0d3922cf
+# %% ../nbs/90_cli.ipynb #cb7d02b5
 Src = Annotated[str, typer.Argument(metavar='SRC', help='The model: a folder, or a name on the hub such as Qwen/Qwen3-0.6B.', show_default=False)]
 Dir = Annotated[str, typer.Argument(metavar='DIR', help='A folder that hlwq quantize has made, or another one with HLWQ codes.', show_default=False)]
 Out = Annotated[str, typer.Argument(metavar='OUT', help='The folder to make. It appears when it is complete.', show_default=False)]
 Bits = Annotated[Optional[str], typer.Option('--bits', metavar='N', help='Bits a weight: 2, 3, 4, 5, 6 or 8. Without it what the recipe says, or 5.', show_default=False)]
 RecipeFile = Annotated[Optional[str], typer.Option('--recipe', metavar='FILE', help='A TOML file that says which tensors get other bits or are kept.', show_default=False)]
-Coverage = Annotated[float, typer.Option('--min-coverage', min=0, max=1, help='Refuse if a smaller share of the matrices would be quantized.')]
+Coverage = Annotated[float, typer.Option('--min-coverage', min=0, max=1, help='Refuse a model if a smaller share of its matrices is recognised.')]
 Book = Annotated[str, typer.Option('--codebook', metavar='NAME', help='lloyd-max, inf100 or trunc4, for older files that do not tell.')]
 Json = Annotated[bool, typer.Option('--json', help='Write one JSON object to standard output and nothing else.')]
 Quiet = Annotated[bool, typer.Option('--quiet', '-q', help='No progress and no remarks, the result alone.')]
@@ -254,7 +254,7 @@ def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, 
     screen.say(f"{out}: {human_bytes(_weights(out))} of {dtype} weights, {100*_weights(out)/max(_weights(folder), 1):.0f} % of {folder}")
     screen.result(dict(out=str(out), dtype=dtype, nbytes=_weights(out), files=manifest['files']))
 
-# %% ../nbs/90_cli.ipynb #c996ceb5
+# %% ../nbs/90_cli.ipynb #ed59e6cb
 @app.command('eval', epilog='Example: hlwq eval path/to/model-Q5 --against path/to/model --text book.txt')
 def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='SRC', help='The model before it was quantized.', show_default=False)],
           text:Annotated[List[str], typer.Option('--text', metavar='FILE', help='A text to read, in UTF-8; may be given several times.', show_default=False)],
@@ -266,10 +266,12 @@ def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='
     Needs transformers, disk space for the ordinary weights in the temporary folder, and memory for both models."""
     from hlwq.checkpoint import CheckpointReader
     from hlwq.convert import dequantize_checkpoint, pick_device
+    from hlwq.core import ConfigError
     from hlwq.demo import load_plain, load_tokenizer
     from hlwq.evaluate import compare
     from hlwq.source import open_source
     screen, source, place = Screen(as_json, quiet), open_source(against), pick_device(device)
+    if source.quant_method == 'hlwq': raise ConfigError(f"{against}: quantized itself, need the model before that; name the original with --against")
     with CheckpointReader(folder, codebook): pass              # a wrong folder should be noticed before anything slow
     tokens = _read_texts(text, load_tokenizer(source.path), max_tokens)
     with tempfile.TemporaryDirectory(prefix='hlwq-eval-') as d:

@@ -90,7 +90,7 @@ def apply_scale(
     at = torch.arange(start, start+rows)//r
     return w*s[at].repeat_interleave(c, dim=1)[:, :width]
 
-# %% ../nbs/07_convert.ipynb #6e1cece9
+# %% ../nbs/07_convert.ipynb #b36dc097
 Unit = namedtuple('Unit', 'row key expert out width nbytes')   # one matrix or one kept tensor; key is its name in the output
 Unit.__doc__ = "One matrix, or one tensor that is kept, with the bytes that it takes"
 
@@ -110,13 +110,15 @@ def plan_units(
 def cut_shards(
     units:list, # from plan_units
     limit:int=5_000_000_000, # bytes in a shard
+    header:int=50_000_000, # bytes of its header; the format allows 100 MB
 ) -> dict: # file name -> its units
     "Fills shards one after the other"
-    groups, size = [[]], 0
+    groups, size, entries = [[]], 0, 0
     for u in units:
-        if groups[-1] and size + u.nbytes > limit: groups.append([]); size = 0
+        room = sum(entry_nbytes(k, (10**12,)*2) for k in unit_keys(u))
+        if groups[-1] and (size + u.nbytes > limit or entries + room > header): groups.append([]); size = entries = 0
         groups[-1].append(u)
-        size += u.nbytes
+        size, entries = size + u.nbytes, entries + room
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i,g in enumerate(groups, 1)}
 
 def unit_keys(

@@ -33,7 +33,7 @@ def grouped(
         g['n'], g['numbers'], g['nbytes'] = g['n']+1, g['numbers']+prod(shape), g['nbytes']+nbytes
     return list(found.values())
 
-# %% ../nbs/82_inspection.ipynb #ed624b92
+# %% ../nbs/82_inspection.ipynb #b11c6ebe
 _SETTINGS = ('format_version', 'version', 'bits', 'block_size', 'norm')
 
 def _of_quantized(r):
@@ -69,7 +69,7 @@ def open_quantized(
     try: return CheckpointReader(path, codebook)
     except UnsupportedError:
         src = open_source(path)
-        if src.quant_method in ('hlwq', 'polar', 'polarengine'): raise             # ours, but newer or older than can be read
+        if src.files and src.quant_method in ('hlwq', 'polar', 'polarengine'): raise   # ours, but newer or older than can be read
         return src
 
 # %% ../nbs/82_inspection.ipynb #77fac2d0

@@ -1,10 +1,11 @@
 """Kills a conversion at every point where the disk changes, resumes it, and says how the folders look. Run by test_faults.py.
 
-    python tests/kill_at.py SRC WORK MODE [COUNT]
+    python tests/kill_at.py SRC WORK MODE [STRIDE]
 
 Each try is a forked process that sends itself SIGKILL just before or just after the n-th call of the functions below, so the points are
 the same on every machine. Nothing of Python runs after SIGKILL: what the next process finds is what was on the disk.
-Prints one JSON object: for each point its name, whether the folder was there already, and what differs from an undisturbed run."""
+The last forty points, where the output gets its name, are all tried, and every STRIDE-th of those before.
+Prints one JSON object: for each point its name, whether what stands under the final name is whole, and what differs from an undisturbed run."""
 import contextlib,json,os,shutil,signal,sys,traceback
 from pathlib import Path
 import torch
@@ -72,12 +73,13 @@ def main(src, work, mode, stride=1):
     assert child(counted) == 0
     names,want,res = json.loads(log.read_text()),snapshot(work/'clean'),[]
     old_files = snapshot(old)
-    for n in range(1, len(names)+1, stride):
+    for n in sorted({*range(1, len(names)-39, stride), *range(max(1, len(names)-39), len(names)+1)}):
         out = fresh(work/'try', mode, old)
         def victim(): hooked(n); run(mode, src, out)
         killed = child(victim)
         left,there = snapshot(work/'try'),snapshot(out)
-        whole = there is None or there in (snapshot(work/'clean'/'out'), old_files)
+        if there: there = {k:v for k,v in there.items() if k not in ('journal.jsonl', 'lock')}      # left over, and harmless; below they count
+        whole = there is None or there == old_files or there == {k[4:]:v for k,v in want.items() if k.startswith('out/')}
         again = child(lambda: run(mode, src, out))
         got = snapshot(work/'try')
         res.append(dict(n=n, point=names[n-1], killed=killed, whole=whole, again=again, left=sorted(k for k in left if '/' not in k),

@@ -162,6 +162,7 @@ def test_inspect_shows_one_matrix(hlwq, q5):
 def test_eval_needs_what_it_names(hlwq, q5):
     fails(hlwq('eval', q5, '--against', TINY, '--text', 'none.txt'), 'none.txt: no such file')
     fails(hlwq('eval', TINY, '--against', TINY, '--text', 'none.txt'), 'no HLWQ codes')
+    fails(hlwq('eval', q5, '--against', q5, '--text', 'none.txt'), 'quantized itself')
     Path('m').mkdir(); shutil.copy(TINY/'model.safetensors', 'm'); Path('t.txt').write_text('a b c')
     fails(hlwq('eval', q5, '--against', 'm', '--text', 't.txt'), 'transformers loads no tokenizer')
 
