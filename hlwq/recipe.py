@@ -341,7 +341,7 @@ class Plan:
         q = self.quantized_params
         return q/max(q + sum(r.numel for r in self.forgotten), 1)
 
-# %% ../nbs/05_recipe.ipynb #dc263670
+# %% ../nbs/05_recipe.ipynb #577f89f6
 SHARD_NBYTES = 5_000_000_000
 
 def _lay_out(rows):
@@ -368,7 +368,7 @@ def make_plan(
     """Decides for every tensor of a checkpoint, by name, type and shape, without reading any.
 
     Raises ConfigError for a rule without effect, a source quantized already or too low a coverage, CheckpointError for one that is broken."""
-    src = open_source(src)
+    src = open_source(src, weights=False)                      # of a hub id only the headers are fetched
     recipe = default_recipe() if recipe is None else Recipe.from_toml(recipe) if isinstance(recipe, (str, Path)) else recipe
     if not isinstance(recipe, Recipe): raise ConfigError(f"recipe: a {type(recipe).__name__}, need a Recipe or the path of a TOML file; write Recipe(rules=[Rule(...)])")
     bits = check_bits(recipe.bits if bits is None else bits)

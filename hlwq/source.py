@@ -236,19 +236,38 @@ def _open_config(path):
     tensors = {k:TensorInfo(k, half if p.is_floating_point() else dtype_name(p.dtype), tuple(p.shape)) for k,p in model.named_parameters()}
     return Source(path.parent, config.to_dict() | {k:v for k,v in cfg.items() if not isinstance(v, dict)}, tensors)
 
-# %% ../nbs/04a_source.ipynb #008bac0e
+# %% ../nbs/04a_source.ipynb #94163c18
 _HUB_FILES = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt', 'LICENSE*', 'README.md', 'tokenizer*', '*.tiktoken']
 
 def _download(repo, revision):
     "Fetches the files worth having of a hub repository and returns the folder"
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{repo}: no such folder here, and the hub says {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}; check the spelling, the network, and hf auth login") from e
+    except (OSError, ValueError) as e: raise _hub_says(repo, e) from e
+
+def _hub_says(repo, e):
+    return ConfigError(f"{repo}: no such folder here, and the hub says {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]}; check the spelling, the network, and hf auth login")
+
+def _remote_headers(repo, revision):
+    "The Source of a hub repository, by its headers alone: a few megabytes, however large the model"
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    try: meta = HfApi().get_safetensors_metadata(repo, revision=revision)
+    except (OSError, ValueError) as e: raise _hub_says(repo, e) from e
+    try: cfg = _read_json(hf_hub_download(repo, 'config.json', revision=revision), 'a model configuration')
+    except EntryNotFoundError: cfg = {}
+    except OSError as e: raise _hub_says(repo, e) from e
+    tensors = {}
+    for f,m in sorted(meta.files_metadata.items()):
+        for k,t in sorted(m.tensors.items(), key=lambda o: o[1].data_offsets[0]):
+            _check_label(f'{repo}/{f}', k, t.dtype, tuple(t.shape))
+            tensors[k] = TensorInfo(k, t.dtype, tuple(t.shape))
+    return Source(Path(repo), cfg, tensors)
 
 def open_source(
     path, # a checkpoint folder, a safetensors file, a lone config.json, or a hub id such as owner/name
     revision:str=None, # branch, tag or commit, for a hub id
+    weights:bool=True, # for a hub id: download the weights; without them only headers are fetched, which is enough for a plan
 ) -> Source:
     """Opens a checkpoint by its headers and refuses one that can't be right.
 
@@ -256,7 +275,9 @@ def open_source(
     if isinstance(path, Source): return path
     p = Path(path).expanduser()
     if not p.exists():
-        if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)) and not p.parent.exists(): p = _download(str(path), revision)
+        if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)) and not p.parent.exists():
+            if not weights: return _remote_headers(str(path), revision)
+            p = _download(str(path), revision)
         else: raise ConfigError(f"{path}: no such file or folder, need a checkpoint folder, a config.json or a hub id such as owner/name; check the spelling")
     if p.is_file():
         if p.suffix == '.json': return _open_config(p)

@@ -245,3 +245,26 @@ def test_fp8_by_type(): assert src_of('a.weight', 'a.weight_scale_inv', dtype='F
 def test_imports_lazily():
     code = "import sys, hlwq.source, hlwq.recipe; print([m for m in ('transformers', 'matplotlib', 'triton', 'huggingface_hub', 'accelerate') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+def test_plan_of_a_hub_id_fetches_headers_only(monkeypatch, tmp_path):
+    "No weights are downloaded to plan: the hub's own reading of the headers becomes the source"
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo as HubTensor
+    from hlwq.recipe import make_plan
+    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='llama', hidden_size=512)))
+    f = SafetensorsFileMetadata(metadata={}, tensors={
+        'model.norm.weight': HubTensor(dtype='BF16', shape=[512], data_offsets=(512*512*2, 512*513*2)),
+        'model.layers.0.mlp.up_proj.weight': HubTensor(dtype='BF16', shape=[512, 512], data_offsets=(0, 512*512*2))})
+    meta = SafetensorsRepoMetadata(metadata=None, sharded=False, weight_map={k: 'model.safetensors' for k in f.tensors}, files_metadata={'model.safetensors': f})
+    monkeypatch.setattr(huggingface_hub.HfApi, 'get_safetensors_metadata', lambda self, repo, revision=None: meta)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo, name, revision=None: str(tmp_path/name))
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: pytest.fail('downloaded weights for a plan'))
+    plan = make_plan('someone/model')
+    assert [(r.name, r.action) for r in plan.rows] == [('model.layers.0.mlp.up_proj.weight', 'quantize'), ('model.norm.weight', 'keep')]
+    with pytest.raises(ConfigError, match='need the weights'): plan.source.read('model.norm.weight')
+
+def test_offline_plan_of_a_hub_id_says_so(monkeypatch):
+    import huggingface_hub
+    def offline(self, repo, revision=None): raise OSError('no route to host')
+    monkeypatch.setattr(huggingface_hub.HfApi, 'get_safetensors_metadata', offline)
+    with pytest.raises(ConfigError, match='someone/model: no such folder here, and the hub says OSError: no route'): open_source('someone/model', weights=False)
