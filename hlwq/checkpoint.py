@@ -26,7 +26,7 @@ from .lloyd_max import Codebook, codebook, gaussian_cells
 from .quantize import QuantizedTensor
 from .source import Source, open_source, read_header
 
-# %% ../nbs/06_checkpoint.ipynb #83f086ae
+# %% ../nbs/06_checkpoint.ipynb #b07cb3b9
 _FORMAT = 1                                                    # version of what is written here
 
 def entry_nbytes(
@@ -59,7 +59,7 @@ def _as_bytes(t): return memoryview(t.detach().cpu().contiguous().reshape(-1).vi
 
 def _told(e, path):
     "The same OSError, with the file and what to do"
-    hint = 'free some space, then run the same command again: it resumes' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'then run the same command again: it resumes'
+    hint = ('free some space, then ' if e.errno in (errno.ENOSPC, errno.EDQUOT) else '') + 'run the same command again: it resumes'
     return OSError(e.errno, f"{os.strerror(e.errno) if e.errno else e} while writing; {hint}", str(path))
 
 # %% ../nbs/06_checkpoint.ipynb #68bc3b10
@@ -404,7 +404,7 @@ def _own_config(src):
         raise CheckpointError(f"{src.path}: no {_MANIFEST}, need it: without it a folder is not complete; copy or download the rest")
     return cfg
 
-# %% ../nbs/06_checkpoint.ipynb #de18912b
+# %% ../nbs/06_checkpoint.ipynb #9230ccc3
 def _group(src, cfg):
     "Sorts the tensors of a file into matrices and kept tensors, and checks that the parts of each matrix fit"
     parts, kept = {}, {}
@@ -425,6 +425,7 @@ def _not_hlwq(src, kept):
     if any(k.endswith(('.codes', '.ct_scaled')) for k in kept):
         return UnsupportedError(f"{src.path}: the legacy polarengine layout (.codes, .norms, .ct_scaled), need polar_state (__packed, __norms, __meta); quantize the original model again")
     what = src.quant_method
+    if not src.files: return CheckpointError(f"{src.path}: only a config.json, need the weights beside it; incomplete download? fetch the rest")
     pickles = [o.name for o in src.path.glob('*.pt')]
     if pickles: return UnsupportedError(f"{src.path}: no HLWQ codes but a pickle ({listing(pickles)}), need polar_state tensors; pickle is not read, look for another repository")
     return UnsupportedError(f"{src.path}: no HLWQ codes in it ({f'it is {what}' if what else 'it is not quantized'}), need polar_state tensors; " + ('run hlwq quantize on it first' if not what else 'load it with the tool that made it'))
@@ -571,7 +572,7 @@ def stacks(self:CheckpointReader) -> dict: # fused name -> names of its experts,
         if len({self.matrices[n].shape for n in v.values()}) > 1: raise CheckpointError(f"{self.path}: experts of {k!r} differ in shape, need the same; the file is damaged")
     return {k:[v[i] for i in range(len(v))] for k,v in found.items()}
 
-# %% ../nbs/06_checkpoint.ipynb #2b96970b
+# %% ../nbs/06_checkpoint.ipynb #358bba3a
 @dataclass
 class VerifyReport:
     "What verify_checkpoint found"
@@ -596,6 +597,15 @@ def _check_file(path, want, sha256):
     if size != want['size']: return f"{path.name}: {size} bytes, need {want['size']}; copy or download it again"
     if sha256 and (got := file_sha256(path)) != want['sha256']: return f"{path.name}: sha256 {got[:12]}…, need {want['sha256'][:12]}…; it was changed or damaged, download it again"
 
+def _manifest_files(path, r):
+    "File name -> size and sha256 from the manifest; None, and a problem, if it cannot be used"
+    try: files = json.loads((path/_MANIFEST).read_text())['files']
+    except FileNotFoundError: return None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError): files = None
+    def sound(n, w): return Path(n).name == n and isinstance(w, dict) and isinstance(w.get('size'), int) and isinstance(w.get('sha256'), str)
+    if isinstance(files, dict) and all(sound(n, w) for n,w in files.items()): return files
+    r.problems.append(f"{_MANIFEST}: not readable, need JSON with the size and sha256 of plain file names; copy or download it again")
+
 def verify_checkpoint(
     path, # a folder
     sha256:bool=True, # hash every file; False compares sizes only
@@ -608,9 +618,7 @@ def verify_checkpoint(
     path = Path(path)
     if not path.is_dir(): raise ConfigError(f"{path}: no such folder, need a quantized checkpoint; check the spelling")
     r = VerifyReport(str(path))
-    try: files = json.loads((path/_MANIFEST).read_text())['files']
-    except FileNotFoundError: files = None
-    except (ValueError, KeyError, TypeError): files = None; r.problems.append(f"{_MANIFEST}: not readable, need JSON with files; copy or download it again")
+    files = _manifest_files(path, r)
     for n, want in (files or {}).items():
         if progress: progress(n)
         if said := _check_file(path/n, want, sha256): r.problems.append(said)

@@ -206,7 +206,7 @@ class _bytes_read:
         self.last = (self.folder/name).stat().st_size if (self.folder/name).is_file() else 0
     def __exit__(self, *_): self.bar.close()
 
-# %% ../nbs/90_cli.ipynb #73af22ea
+# %% ../nbs/90_cli.ipynb #ec7ac0d0
 @app.command('inspect', epilog='Examples: hlwq inspect path/to/model-Q5   or   hlwq inspect path/to/model-Q5 model.layers.0.mlp.down_proj.weight')
 def _inspect(folder:Annotated[str, typer.Argument(metavar='DIR', help='Any model folder, quantized or not.', show_default=False)],
              name:Annotated[Optional[str], typer.Argument(metavar='[NAME]', help='One matrix or tensor in it, to see its norms and codes.', show_default=False)]=None,
@@ -223,7 +223,8 @@ def _show_folder(d, screen):
     from hlwq.core import human_bytes
     what = f"{d['n_matrices']:,} matrices at {d['bits_per_weight']:.3f} bits a weight" if d['n_matrices'] else f"quantized with {d['quantization']}" if d['quantization'] else 'not quantized'
     screen.say(f"{d['path']}: {d['model'] or 'model of unknown class'}, {what}")
-    screen.say(f"{d['numbers']:,} numbers, {human_bytes(d['nbytes'])} in {d['files']} file{'s' if d['files'] != 1 else ''}")
+    where = f"in {d['files']} file{'s' if d['files'] > 1 else ''}" if d['files'] else 'by its config.json, without any weights'
+    screen.say(f"{d['numbers']:,} numbers, {human_bytes(d['nbytes'])} {where}")
     if d['settings']: screen.say('settings: ' + ', '.join(f"{k} {v}" for k,v in d['settings'].items()))
     for b,c in d['codebooks'].items(): screen.say(f"codebook for {b} bits: {c['name']}, {c['found']}")
     screen.table(('tensors', 'how many', 'shape', 'type', 'numbers', 'bytes'),
@@ -254,7 +255,7 @@ def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, 
     screen.say(f"{out}: {human_bytes(_weights(out))} of {dtype} weights, {100*_weights(out)/max(_weights(folder), 1):.0f} % of {folder}")
     screen.result(dict(out=str(out), dtype=dtype, nbytes=_weights(out), files=manifest['files']))
 
-# %% ../nbs/90_cli.ipynb #ed59e6cb
+# %% ../nbs/90_cli.ipynb #d512655c
 @app.command('eval', epilog='Example: hlwq eval path/to/model-Q5 --against path/to/model --text book.txt')
 def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='SRC', help='The model before it was quantized.', show_default=False)],
           text:Annotated[List[str], typer.Option('--text', metavar='FILE', help='A text to read, in UTF-8; may be given several times.', show_default=False)],
@@ -278,7 +279,7 @@ def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='
         screen.remark(f'turning codes back into weights in {d}, which is removed afterwards; TMPDIR chooses another place')
         dequantize_checkpoint(folder, Path(d)/'plain', codebook=codebook, progress=screen.progress)
         with stage(screen, 'loading both models'): before, after = load_plain(source.path, place), load_plain(Path(d)/'plain', place)
-    with stage(screen, f'reading {len(tokens):,} tokens'): c = compare(before, after, tokens, window=window, progress=screen.progress)
+    c = compare(before, after, tokens, window=window, progress=screen.progress)
     _show_comparison(c, screen, _weights(source.path), _weights(folder))
     screen.result(dict(path=str(folder), against=str(against), text=list(text), window=window, **c.to_json()))
 

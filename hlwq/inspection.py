@@ -33,7 +33,7 @@ def grouped(
         g['n'], g['numbers'], g['nbytes'] = g['n']+1, g['numbers']+prod(shape), g['nbytes']+nbytes
     return list(found.values())
 
-# %% ../nbs/82_inspection.ipynb #b11c6ebe
+# %% ../nbs/82_inspection.ipynb #23e1fdbb
 _SETTINGS = ('format_version', 'version', 'bits', 'block_size', 'norm')
 
 def _of_quantized(r):
@@ -58,7 +58,7 @@ def describe(
     else: head,items,kept = dict(quantization=src.quant_method, settings={}, codebooks={}, n_matrices=0, bits_per_weight=None),[],src.tensors.values()
     items = items + [(t.name, t.dtype, t.shape, t.nbytes) for t in kept]
     source = getattr(src, 'source', src)
-    res = dict(path=str(source.path), model=(source.config.get('architectures') or [None])[0], files=len(source.files), **head)
+    res = dict(path=str(source.path), model=(source.config.get('architectures') or [source.config.get('model_type')])[0], files=len(source.files), **head)
     return res | dict(numbers=sum(prod(i[2]) for i in items), nbytes=sum(i[3] for i in items), groups=grouped(items))
 
 def open_quantized(

@@ -254,7 +254,7 @@ def _decide(t, src, recipe, bits, mtp, scale):
     if len(t.shape) == 3 and re.search(_STACK, t.name): return _quantized(t, src, bits, 'fused experts', scale=scale),None,None
     return keep(_NO_RULE),None,None
 
-# %% ../nbs/05_recipe.ipynb #2748f5a9
+# %% ../nbs/05_recipe.ipynb #5f80834b
 _SCALES = ('_scale_inv', '_scale', '.scale_inv', '.scale')
 
 def _fp8_scales(src):
@@ -276,12 +276,13 @@ def _fp8_scales(src):
 def _check_source(src):
     "Refuses a source that is quantized already, or whose names would be mistaken for ours"
     m = src.quant_method
+    if m == 'hlwq': raise ConfigError(f"{src.path}: already quantized (hlwq), need 16-bit or fp8 weights; start from the base model, or decode it with hlwq dequantize")
     if m not in (None, 'fp8'):
         raise ConfigError(f"{src.path}: already quantized ({m}), need 16-bit or fp8 weights; start from the base model that it was made from. If the weights are plain after all, remove quantization_config from its config.json")
     if bad := [k for k in src.tensors if k.endswith(('__packed', '__codes', '__norms', '__meta'))]:
         raise CheckpointError(f"{src.path}: {listing(bad)}, need names that do not end like the parts of a quantized matrix; rename them")
 
-# %% ../nbs/05_recipe.ipynb #43f67d88
+# %% ../nbs/05_recipe.ipynb #ac6d5d9b
 def _nearest(pattern, names):
     "The names that come nearest to a pattern, one for each kind of layer"
     plain = re.sub(r'\\(.)', r'\1', re.sub(r'\.[*+]\??|[\^$()\[\]?]', '', pattern.split('|')[0])).strip('.')
@@ -298,7 +299,7 @@ def _check_rules(src, rules, outcome):
         seen = outcome.get(r, [])
         if not seen and not any(r.hits(k) for k in src.tensors):
             near = _nearest(r.match, src.tensors)
-            raise ConfigError(f"rule '{r.match}': matches none of {len(src.tensors)} tensors, need at least one; " + (f"did you mean {' or '.join(near)}?" if near else 'see the names with hlwq plan'))
+            raise ConfigError(f"rule '{r.match}': matches none of {len(src.tensors)} tensors, need at least one; " + (f"did you mean {' or '.join(near)}?" if near else 'see the names with hlwq plan SRC --tensors'))
         if not seen: warn_once(f"rule '{r.match}' has no effect: rules before it decide for everything it matches")
         elif r.bits and all(seen):
             help = 'add force = true if you mean it' if all(o.startswith('protected') for o in seen) else 'remove the rule'
@@ -423,7 +424,7 @@ def to_json(self:Plan) -> dict:
     totals = ('n_matrices', 'n_keys', 'quantized_params', 'total_params', 'coverage', 'nbytes', 'bits_per_weight')
     return {k:getattr(self, k) for k in totals} | dict(rows=[row(r) for r in self.rows])
 
-# %% ../nbs/05_recipe.ipynb #8c7614d5
+# %% ../nbs/05_recipe.ipynb #39fac4d8
 _HEAD = ('component', 'action', 'bits', 'tensors', 'matrices', 'numbers', 'bytes')
 
 def _cells(d): return (d['component'], d['action'], str(d['bits'] or ''), f"{d['tensors']:,}", f"{d['matrices']:,}" if d['matrices'] else '', f"{d['numel']:,}", human_bytes(d['nbytes']))
@@ -433,7 +434,7 @@ def summary(self:Plan) -> str: # one line
     "Says the totals of a plan in one line"
     unit,tail = (1e9, 'e9') if self.total_params >= 1e9 else (1e6, 'e6')
     return (f"{self.n_matrices:,} matrices ({self.n_keys:,} keys), {self.quantized_params/unit:.3f}{tail} of {self.total_params/unit:.3f}{tail} numbers at {self.bits_per_weight:.3f} bits: "
-        f"{human_bytes(self.nbytes)}, with what is kept {human_bytes(self.output_nbytes)}; coverage {self.coverage:.1%}")
+        f"{human_bytes(self.nbytes)}, with what is kept {human_bytes(self.output_nbytes)}; coverage {self.coverage:.1%}" + (f", {self.understood:.1%} of the matrices that no rule keeps" if self.forgotten else ''))
 
 @patch
 def __repr__(self:Plan):

@@ -236,7 +236,7 @@ def _open_config(path):
     tensors = {k:TensorInfo(k, half if p.is_floating_point() else dtype_name(p.dtype), tuple(p.shape)) for k,p in model.named_parameters()}
     return Source(path.parent, config.to_dict() | {k:v for k,v in cfg.items() if not isinstance(v, dict)}, tensors)
 
-# %% ../nbs/04a_source.ipynb #94163c18
+# %% ../nbs/04a_source.ipynb #487be891
 _HUB_FILES = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt', 'LICENSE*', 'README.md', 'tokenizer*', '*.tiktoken']
 
 def _download(repo, revision):
@@ -273,6 +273,7 @@ def open_source(
 
     Raises ConfigError if there is nothing of that name, CheckpointError for anything missing, truncated, inconsistent or unsafe, UnsupportedError for pickle and GGUF."""
     if isinstance(path, Source): return path
+    if not str(path): raise ConfigError("source: an empty path, need a checkpoint folder, a config.json or a hub id such as owner/name; write . for the current folder")
     p = Path(path).expanduser()
     if not p.exists():
         if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)) and not p.parent.exists():
