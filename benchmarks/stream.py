@@ -6,7 +6,7 @@
 The parts: reading every tensor once, quantizing pieces that are in memory, writing and flushing as many bytes. The
 conversion runs in a process of its own, whose peak of memory is read from the kernel.
 """
-import argparse, json, os, resource, shutil, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from hlwq.lloyd_max import codebook
 from hlwq.quantize import quantize_rows
 from hlwq.source import open_source
 
-CHILD = "import sys,resource,time; from hlwq.convert import quantize_checkpoint as q; s=time.perf_counter(); p=q(sys.argv[1],sys.argv[2],progress=False); " \
-        "print(time.perf_counter()-s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, p.measured)"
+CHILD = "import sys,time; from hlwq.convert import quantize_checkpoint as q; s=time.perf_counter(); p=q(sys.argv[1],sys.argv[2],progress=False); " \
+        "print(time.perf_counter()-s, 1024*int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]), p.measured)"
 
 def make(folder, gb):
     "A checkpoint of Gaussian matrices, one expert stack among them, in two shards"

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 
-# %% ../nbs/06_checkpoint.ipynb #75ef8cb9
+# %% ../nbs/06_checkpoint.ipynb #8fafc9c3
 from . import __version__
 from .core import (BITS, BLOCK_SIZE, DTYPES, CheckpointError, ConfigError, ResumeError, TensorInfo, UnsupportedError, asset_path,
                        check_bits, dtype_name, human_bytes, listing, warn_once)
 from .lloyd_max import Codebook, codebook, gaussian_cells
 from .quantize import QuantizedTensor
-from .source import Source, open_source, read_header
+from .source import Source, _read_json, open_source, read_header
 
 # %% ../nbs/06_checkpoint.ipynb #b07cb3b9
 _FORMAT = 1                                                    # version of what is written here
@@ -62,7 +62,7 @@ def _told(e, path):
     hint = ('free some space, then ' if e.errno in (errno.ENOSPC, errno.EDQUOT) else '') + 'run the same command again: it resumes'
     return OSError(e.errno, f"{os.strerror(e.errno) if e.errno else e} while writing; {hint}", str(path))
 
-# %% ../nbs/06_checkpoint.ipynb #68bc3b10
+# %% ../nbs/06_checkpoint.ipynb #a2db6bf0
 @patch
 def add(self:ShardWriter,
     name:str, # key of the tensor
@@ -105,10 +105,16 @@ def close(self:ShardWriter):
         self.abandon()
         raise
 
+def _fsync(fd, path):
+    "Flushes to the disk, where the file system can; an error gets the name of the file"
+    try: os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise _told(e, path) from None
+
 def _settle(f):
     "Flushes a file to the disk and gives it the permissions that any new file would have"
     f.flush()
-    os.fsync(f.fileno())
+    _fsync(f.fileno(), f.name)
     mask = os.umask(0); os.umask(mask)
     with suppress(OSError): os.fchmod(f.fileno(), 0o666 & ~mask)
     f.close()
@@ -116,9 +122,7 @@ def _settle(f):
 def _sync_folder(path):
     "Makes a rename in a folder survive a power cut, where the file system can"
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
+    try: _fsync(fd, path)
     finally: os.close(fd)
 
 # %% ../nbs/06_checkpoint.ipynb #2a367ce2
@@ -150,7 +154,7 @@ def write_json(
     os.replace(tmp, path)
     _sync_folder(Path(path).parent)
 
-# %% ../nbs/06_checkpoint.ipynb #87854692
+# %% ../nbs/06_checkpoint.ipynb #693e2098
 class CheckpointWriter:
     """Builds a checkpoint folder that appears under its name only when it is complete.
 
@@ -163,18 +167,37 @@ class CheckpointWriter:
         resume:bool=True, # go on with a half-finished folder; False throws it away
         overwrite:bool=False, # replace an existing checkpoint, after the new one is complete
     ):
-        self.out, self.stage = Path(out), Path(f'{Path(out)}.partial')
+        self.out = Path(out).resolve()                        # through links, and '.' has a name
+        self.stage = Path(f'{self.out}.partial')
+        self.aside = Path(f'{self.out}.hlwq-old')              # where an old checkpoint waits while it is replaced
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.nbytes, self.resume, self.overwrite = nbytes, resume, overwrite
-        self.done, self.lock = {}, None                        # shard name -> {size, sha256}
+        self.done, self.lock, self.begun = {}, None, False     # done: shard name -> {size, sha256}; begun: the stage is ours
 
 @patch
-def __enter__(self:CheckpointWriter):
+def _tidy(self:CheckpointWriter):
+    "Removes what a kill after the last rename left behind"
+    if not (self.out/_MANIFEST).exists(): return
+    for n in (_JOURNAL, _LOCK): (self.out/n).unlink(missing_ok=True)
+    if self.aside.exists() and not self.stage.exists(): shutil.rmtree(self.aside, ignore_errors=True)
+
+@patch
+def _check_out(self:CheckpointWriter):
+    "Raises OSError if the output cannot get its name in the end"
     if self.out.exists() and not self.overwrite and (not self.out.is_dir() or any(self.out.iterdir())):
         raise FileExistsError(errno.EEXIST, "exists already; use overwrite=True (--overwrite), or a new folder", str(self.out))
     if self.out.exists() and not self.out.is_dir(): raise NotADirectoryError(errno.ENOTDIR, "is a file, need a folder; use another name", str(self.out))
+    if self.out.is_mount(): raise OSError(errno.EBUSY, "is a mount point, which no folder can be renamed to; use a folder inside it", str(self.out))
+
+@patch
+def __enter__(self:CheckpointWriter):
+    self._tidy()
+    self._check_out()
     self._take_stage()
     try:
+        if self.aside.exists() and not self.out.exists():      # killed between two renames: the old one goes back
+            os.rename(self.aside, self.out)
+            self._check_out()
         self._read_journal()
         self._check_room()
     except BaseException:
@@ -185,7 +208,7 @@ def __enter__(self:CheckpointWriter):
 @patch
 def _take_stage(self:CheckpointWriter):
     "Makes or finds the staging folder and locks it"
-    if self.stage.exists() and any(o.name not in (_LOCK,) for o in self.stage.iterdir()) and not (self.stage/_JOURNAL).exists():
+    if self.stage.exists() and any(o.name not in (_LOCK, f'{_JOURNAL}.tmp') for o in self.stage.iterdir()) and not (self.stage/_JOURNAL).exists():
         raise FileExistsError(errno.EEXIST, "is not a half-finished checkpoint of hlwq; move it away, or use another output folder", str(self.stage))
     try:
         self.stage.mkdir(parents=True, exist_ok=True)
@@ -210,19 +233,26 @@ def _read_journal(self:CheckpointWriter):
     for l in (path.read_bytes().splitlines() if path.exists() and self.resume else []):
         try: lines.append(json.loads(l))
         except ValueError: break                               # the last line of a power cut
-    if lines: _same_fingerprint(self.stage, lines[0].get('fingerprint', {}), self.fingerprint)
+    lines = [l for l in lines if isinstance(l, dict)]
+    if lines: _same_fingerprint(self.stage, lines[0].get('fingerprint'), self.fingerprint)
+    self.begun = True                                          # from here on the stage is ours to throw away
     for r in lines[1:]:
-        p = self.stage/r['name']
-        if p.exists() and p.stat().st_size == r['size']: self.done[r['name']] = {k:r[k] for k in ('size', 'sha256')}
+        p = self.stage/Path(str(r.get('name'))).name
+        if p.is_file() and p.stat().st_size == r.get('size') and 'sha256' in r: self.done[p.name] = {k:r[k] for k in ('size', 'sha256')}
     for p in self.stage.iterdir():
-        if p.name != _LOCK and p.name not in self.done: p.unlink() if not p.is_dir() else shutil.rmtree(p)
-    with open(path, 'w') as f:
-        f.write(json.dumps(dict(fingerprint=self.fingerprint)) + '\n')
-        f.writelines(json.dumps(dict(name=n, **r)) + '\n' for n,r in self.done.items())
-        _settle(f)
+        if p.name not in (_LOCK, _JOURNAL) and p.name not in self.done: p.unlink() if not p.is_dir() else shutil.rmtree(p)
+    tmp = Path(f'{path}.tmp')                                  # so that a kill here does not lose the list
+    try:
+        with open(tmp, 'w') as f:
+            f.write(json.dumps(dict(fingerprint=self.fingerprint)) + '\n')
+            f.writelines(json.dumps(dict(name=n, **r)) + '\n' for n,r in self.done.items())
+            _settle(f)
+    except OSError as e: raise _told(e, tmp) from None
+    os.replace(tmp, path)
 
 def _same_fingerprint(stage, old, new):
     "Raises ResumeError, field by field, if a half-finished output was started differently"
+    if not isinstance(old, dict): old = {}
     diff = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if not diff: return
     said = '; '.join(f"{k} was {str(old.get(k))[:80]}, now {str(new.get(k))[:80]}" for k in diff[:8])
@@ -235,7 +265,7 @@ def _check_room(self:CheckpointWriter):
     free = shutil.disk_usage(self.stage).free
     if need > free: raise OSError(errno.ENOSPC, f"{human_bytes(free)} free, need {human_bytes(need)}; free some space, or choose another disk", str(self.stage))
 
-# %% ../nbs/06_checkpoint.ipynb #40575964
+# %% ../nbs/06_checkpoint.ipynb #fd0ccc3f
 @patch
 def shard(self:CheckpointWriter,
     name:str, # file name
@@ -252,10 +282,13 @@ def finish_shard(self:CheckpointWriter,
     "Enters a shard into the journal: from here on it will not be made again"
     p = self.stage/name
     self.done[name] = dict(size=p.stat().st_size, sha256=file_sha256(p))
-    with open(self.stage/_JOURNAL, 'a') as f:
-        f.write(json.dumps(dict(name=name, **self.done[name])) + '\n')
-        f.flush()
-        os.fsync(f.fileno())
+    path = self.stage/_JOURNAL
+    try:
+        with open(path, 'a') as f:
+            f.write(json.dumps(dict(name=name, **self.done[name])) + '\n')
+            f.flush()
+            _fsync(f.fileno(), path)
+    except OSError as e: raise _told(e, path) from None
 
 @patch
 def copy(self:CheckpointWriter,
@@ -268,7 +301,9 @@ def copy(self:CheckpointWriter,
         with open(path, 'rb') as a, open(tmp, 'wb') as b:
             shutil.copyfileobj(a, b)
             _settle(b)
-    except OSError as e: raise _told(e, dst) from None
+    except OSError as e:
+        with suppress(OSError): tmp.unlink()
+        raise _told(e, dst) from None
     os.replace(tmp, dst)
 
 @patch
@@ -293,20 +328,22 @@ def finish(self:CheckpointWriter,
 @patch
 def _publish(self:CheckpointWriter):
     "Renames the stage; an old checkpoint is moved aside first and removed last"
-    aside = Path(f'{self.out}.old-{os.getpid()}') if self.out.exists() and any(self.out.iterdir()) else None
-    if aside: os.rename(self.out, aside)
-    elif self.out.exists(): self.out.rmdir()
+    if self.out.exists():
+        if any(self.out.iterdir()):
+            if self.aside.exists(): shutil.rmtree(self.aside)
+            os.rename(self.out, self.aside)
+        else: self.out.rmdir()
     try: os.rename(self.stage, self.out)
     except OSError:
-        if aside: os.rename(aside, self.out)
+        if self.aside.exists(): os.rename(self.aside, self.out)
         raise
-    _sync_folder(self.out.parent)
     for n in (_JOURNAL, _LOCK): (self.out/n).unlink(missing_ok=True)    # only now: until the rename they make the stage resumable
-    if aside: shutil.rmtree(aside)
+    _sync_folder(self.out.parent)
+    if self.aside.exists(): shutil.rmtree(self.aside, ignore_errors=True)
 
 @patch
 def __exit__(self:CheckpointWriter, kind, *_):
-    if kind is not None and not self.done and self.lock: shutil.rmtree(self.stage, ignore_errors=True)    # nothing worth keeping
+    if kind is not None and self.begun and not self.done and self.lock: shutil.rmtree(self.stage, ignore_errors=True)    # nothing worth keeping
     if self.lock: self.lock.close()
     self.lock = None
 
@@ -354,7 +391,7 @@ def detect_codebook(
     said = ', '.join(f'{b.name} {o:+.4f}' for b,o in zip(books, off))
     return books[best], f"the mean square of {codes.numel():,} codes differs from what it should be by {said}"
 
-# %% ../nbs/06_checkpoint.ipynb #00d2cea1
+# %% ../nbs/06_checkpoint.ipynb #9c537ade
 class CheckpointReader:
     """Opens a quantized checkpoint, of this package or of the seed's layout, and checks every header.
 
@@ -386,25 +423,28 @@ def _open_quantized(path):
         if any(_PART.match(k) for s in got for k in s.tensors):
             whole = [re.search(r'-of-(\d+)\.safetensors$', s.name) for s in shards]
             if all(whole) and int(whole[0][1]) != len(shards): raise CheckpointError(f"{p}: {len(shards)} shards, need {int(whole[0][1])} by their names; incomplete download? fetch the rest")
-            cfg = json.loads((p/'config.json').read_text()) if (p/'config.json').exists() else {}
+            cfg = _read_json(p/'config.json', 'a model configuration') if (p/'config.json').exists() else {}
+            names = sorted(k for s in got for k in s.tensors)
+            if twice := [a for a,b in zip(names, names[1:]) if a == b]: raise CheckpointError(f"{p}: {listing(twice)} stored twice, need each tensor in one file; remove the stale shard")
             return Source(p, cfg, {k:t for s in got for k,t in s.tensors.items()}, [s.name for s in shards], shards={s.path.name:s for s in got})
     return open_source(path)
 
 def _own_config(src):
     "The quantization settings, from wherever they are written; {} if nowhere"
     cfg = src.config.get('quantization_config') or {}
+    if not isinstance(cfg, dict): raise CheckpointError(f"{src.path}: quantization_config is a {type(cfg).__name__}, need an object; download config.json again")
     if cfg.get('quant_method') not in (None, 'hlwq', 'polar', 'polarengine'): return {}
     for n in ('hlwq_config.json', 'polar_config.json'):
         if not cfg and (src.path/n).is_file():
-            with suppress(ValueError): cfg = json.loads((src.path/n).read_text())
-    if not isinstance(cfg, dict): cfg = {}
+            with suppress(CheckpointError): cfg = _read_json(src.path/n, 'the settings of a quantized checkpoint')
     v = cfg.get('format_version') or next((s.metadata.get('hlwq_format') for s in src.shards.values() if s.metadata.get('hlwq_format')), _FORMAT)
-    if str(v).isdigit() and int(v) > _FORMAT: raise UnsupportedError(f"{src.path}: written by hlwq {cfg.get('version', '?')} in format {v}; this is hlwq {__version__}, which reads up to {_FORMAT}; pip install -U hlwq")
+    ours = any('hlwq_format' in s.metadata for s in src.shards.values())
+    if str(v) != str(_FORMAT) if ours else str(v).isdecimal() and str(v) not in ('0', str(_FORMAT)): raise UnsupportedError(f"{src.path}: written by hlwq {cfg.get('version', '?')} in format {v}; this is hlwq {__version__}, which reads up to {_FORMAT}; pip install -U hlwq")
     if any('hlwq_format' in s.metadata for s in src.shards.values()) and not (src.path/_MANIFEST).exists():
         raise CheckpointError(f"{src.path}: no {_MANIFEST}, need it: without it a folder is not complete; copy or download the rest")
     return cfg
 
-# %% ../nbs/06_checkpoint.ipynb #9230ccc3
+# %% ../nbs/06_checkpoint.ipynb #5c0f9314
 def _group(src, cfg):
     "Sorts the tensors of a file into matrices and kept tensors, and checks that the parts of each matrix fit"
     parts, kept = {}, {}
@@ -444,9 +484,9 @@ def _matrix_info(src, prefix, p, cfg):
         if meta.dtype != 'I64' or meta.shape not in ((4,), (5,)): raise bad(f"meta is {triple(meta)}, need int64 of length 4 or 5")
         m = src.read(meta.name).tolist()
         if m[2] != BLOCK_SIZE: raise UnsupportedError(f"{src.path}: matrix {prefix!r}: block size {m[2]}, need {BLOCK_SIZE}; other sizes are not read")
-        if m[:2] != [out, nb] or m[3] != out*nb*BLOCK_SIZE: raise bad(f"meta {m} does not fit norms {norms.shape}")
+        if m[:2] != [out, nb] or m[3] != out*nb*BLOCK_SIZE: raise bad(f"meta {m} does not fit norms {norms.shape}, need [{out}, {nb}, {BLOCK_SIZE}, {out*nb*BLOCK_SIZE}, in_features]")
         if len(m) == 5: width = m[4]
-        if not 0 <= width <= nb*BLOCK_SIZE or ceil(width/BLOCK_SIZE) != nb: raise bad(f"{width} columns do not need {nb} blocks")
+        if not 0 <= width <= nb*BLOCK_SIZE or ceil(width/BLOCK_SIZE) != nb: raise bad(f"{width} columns, need {max(nb-1, 0)*BLOCK_SIZE + 1} to {nb*BLOCK_SIZE} for {nb} blocks")
     n = out*nb*BLOCK_SIZE
     name = logical_name(prefix)
     if 'codes' in p:
@@ -459,7 +499,7 @@ def _matrix_info(src, prefix, p, cfg):
     nbytes = sum(t.nbytes for t in p.values())
     return MatrixInfo(name, prefix, (out, width), bits, norms.dtype, codes.file, 'codes' in p, nbytes)
 
-# %% ../nbs/06_checkpoint.ipynb #94db9b86
+# %% ../nbs/06_checkpoint.ipynb #b7348c55
 @patch
 def true_shapes(self:CheckpointReader) -> int: # how many widths were corrected
     "Takes the widths that a meta of length four leaves open from the model that config.json describes"
@@ -494,7 +534,9 @@ def book(self:CheckpointReader,
     if bits in self._books: return self._books[bits]
     said = self.config.get('codebook')
     said = said if isinstance(said, dict) else {'name': said} if isinstance(said, str) else {}
-    numbers = (said.get('centroids') or {}).get(str(bits))
+    tables = said.get('centroids') or {}
+    if not isinstance(tables, dict): raise CheckpointError(f"{self.path}: centroids are a {type(tables).__name__}, need a table for each width; the config is damaged")
+    numbers = tables.get(str(bits))
     if self.wanted != 'auto': found, why = codebook(self.wanted, bits), 'as asked'
     elif numbers: found, why = Codebook(said.get('name', 'custom'), bits, numbers), 'written in the config'
     elif said.get('name'): found, why = codebook(said['name'], bits), 'named in the config'
@@ -572,7 +614,7 @@ def stacks(self:CheckpointReader) -> dict: # fused name -> names of its experts,
         if len({self.matrices[n].shape for n in v.values()}) > 1: raise CheckpointError(f"{self.path}: experts of {k!r} differ in shape, need the same; the file is damaged")
     return {k:[v[i] for i in range(len(v))] for k,v in found.items()}
 
-# %% ../nbs/06_checkpoint.ipynb #358bba3a
+# %% ../nbs/06_checkpoint.ipynb #45c55a4d
 @dataclass
 class VerifyReport:
     "What verify_checkpoint found"
@@ -603,7 +645,7 @@ def _manifest_files(path, r):
     except FileNotFoundError: return None
     except (ValueError, KeyError, TypeError, OSError, RecursionError): files = None
     def sound(n, w): return Path(n).name == n and isinstance(w, dict) and isinstance(w.get('size'), int) and isinstance(w.get('sha256'), str)
-    if isinstance(files, dict) and all(sound(n, w) for n,w in files.items()): return files
+    if isinstance(files, dict) and files and all(sound(n, w) for n,w in files.items()): return files
     r.problems.append(f"{_MANIFEST}: not readable, need JSON with the size and sha256 of plain file names; copy or download it again")
 
 def verify_checkpoint(

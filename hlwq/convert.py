@@ -69,13 +69,14 @@ def row_spans(
     step = max(1, piece//max(width, 1))
     return [(a, min(a+step, rows)) for a in range(0, rows, step)]
 
-# %% ../nbs/07_convert.ipynb #a0e07bec
+# %% ../nbs/07_convert.ipynb #e9b6a909
 def apply_scale(
     w:Tensor, # (rows, in_features) float8, rows `start` and after of a matrix with `out` rows
     scale:Tensor, # one number, (out,), (out, 1), or a grid (ceil(out/b), ceil(in/b))
     out:int, # rows of the whole matrix
     start:int=0, # first row of this piece
     block:tuple=None, # tile size as (rows, columns), by default what makes the grid fit
+    name:str='scale', # how errors call it
 ) -> Tensor: # (rows, in_features) float32
     """Turns eight-bit floats into weights.
 
@@ -86,7 +87,7 @@ def apply_scale(
     if s.shape in ((out,), (out, 1)): return w*s.reshape(-1, 1)[start:start+rows]
     r, c = block or (BLOCK_SIZE, BLOCK_SIZE)
     if s.ndim != 2 or tuple(s.shape) != (ceil(out/r), ceil(width/c)):
-        raise CheckpointError(f"scale: shape {tuple(scale.shape)}, need one number, one a row or one for each {r} x {c} tile of {(out, width)}; the scale belongs to another tensor")
+        raise CheckpointError(f"{name}: shape {tuple(scale.shape)}, need one number, one a row or one for each {r} x {c} tile of {(out, width)}; the scale belongs to another tensor")
     at = torch.arange(start, start+rows)//r
     return w*s[at].repeat_interleave(c, dim=1)[:, :width]
 
@@ -134,7 +135,7 @@ def unit_spans(
     "Cuts a matrix into pieces; an expert, or a matrix that is stored the other way round, is one piece"
     return [(0, u.out)] if u.expert is not None or u.row.transposed else row_spans(u.out, u.width)
 
-# %% ../nbs/07_convert.ipynb #ae63b4eb
+# %% ../nbs/07_convert.ipynb #9ea373f6
 class _Times(dict):
     "Seconds spent in reading, quantizing and writing, summed over threads"
     @contextmanager
@@ -152,10 +153,18 @@ def _pieces(source, units, times):
                 if u.expert is None: w = source.read(u.row.name, a, b) if not u.row.transposed else source.read(u.row.name)
                 else: w = source.read(u.row.name, u.expert, u.expert+1)[0]
                 if scale is not None:
-                    s = scale[u.expert] if u.expert is not None and scale.ndim > 2 else scale
-                    w = apply_scale(w, s, w.shape[0] if u.row.transposed else u.out, a, _fp8_block(source))
+                    s = _scale_of(scale, u.expert, u.row)
+                    w = apply_scale(w, s, w.shape[0] if u.row.transposed else u.out, a, _fp8_block(source), u.row.scale)
                 if u.row.transposed: w = w.t()
             yield u, a, w
+
+def _scale_of(scale, expert, row):
+    "The part of a scale that belongs to one expert: its first axis counts the experts"
+    bad = ~torch.isfinite(scale.float())
+    if bad.any(): raise NonFiniteError(f"{row.scale}: {int(bad.sum())} scales are NaN or infinite, need finite ones for {row.name}; repair the checkpoint")
+    if expert is None or scale.numel() == 1: return scale
+    if scale.shape[0] != row.shape[0]: raise CheckpointError(f"{row.scale}: shape {tuple(scale.shape)}, need {row.shape[0]} on the first axis, one for each expert of {row.name}; the scale belongs to another tensor")
+    return scale[expert]
 
 def _fp8_block(source):
     "Tile size of an fp8 checkpoint, from its config"
@@ -180,7 +189,7 @@ def _where_nonfinite(source, u):
     said = nonfinite_message(w, u.key).split('; ')[0]
     return f"{said}; repair the checkpoint, or keep the tensor with a recipe rule: match = '{u.row.name}', keep = 'not finite'"
 
-# %% ../nbs/07_convert.ipynb #6970ec4c
+# %% ../nbs/07_convert.ipynb #a1cba4fb
 def _kept(source, row, device, times, tick):
     "Yields a tensor that is kept, in pieces; eight-bit floats are widened with their scale"
     t = source.tensors[row.name]
@@ -188,8 +197,8 @@ def _kept(source, row, device, times, tick):
     stack = scale is not None and len(t.shape) == 3
     for a, b in ([(e, e+1) for e in range(t.shape[0])] if stack else row_spans(t.shape[0], prod(t.shape[1:])) if t.shape else [(None, None)]):
         with times('read'): w = source.read(row.name, a, b)
-        if stack: w = apply_scale(w[0], scale[a] if scale.ndim > 2 else scale, t.shape[1], 0, _fp8_block(source)).to(torch.bfloat16)[None]
-        elif scale is not None: w = apply_scale(w, scale, t.shape[0], a, _fp8_block(source)).to(torch.bfloat16)
+        if stack: w = apply_scale(w[0], _scale_of(scale, a, row), t.shape[1], 0, _fp8_block(source), row.scale).to(torch.bfloat16)[None]
+        elif scale is not None: w = apply_scale(w, _scale_of(scale, None, row), t.shape[0], a, _fp8_block(source), row.scale).to(torch.bfloat16)
         if w.is_floating_point() and w.element_size() > 1 and not torch.isfinite(w).all(): warn_once(f"{row.name}: NaN or infinity in it; it is kept as it is")
         tick(w.numel()*t.itemsize)
         yield w
@@ -266,7 +275,7 @@ def _bar(progress, total, done, what):
 
 def _source_nbytes(source, units): return sum(source.tensors[u.row.name].nbytes//(u.row.n_matrices if u.row.action == 'quantize' else 1) for u in units)
 
-# %% ../nbs/07_convert.ipynb #6510e63e
+# %% ../nbs/07_convert.ipynb #2cdf43a3
 def quantize_checkpoint(
     src, # a checkpoint folder, a hub id, or an open Source
     out, # the folder to make
@@ -311,16 +320,18 @@ def _digests(plan, source):
     def digest(o): return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:16]
     return dict(recipe=digest([[r.name, r.action, r.bits, r.transposed] for r in plan.rows]), source=digest(source.fingerprint()), config=digest(source.config))
 
+_OURS = ('config.json', 'hlwq_config.json', 'polar_config.json', 'hlwq_manifest.json', 'journal.jsonl', 'lock')     # never copied from a source
+
 def _finish(cw, source, plan, shards, qc):
     "Writes configs, index, copies and manifest"
     keys = {k:n for n,g in shards.items() for u in g for k in unit_keys(u)}
     files = {'hlwq_config.json': qc}
     if source.config: files['config.json'] = {**{k:v for k,v in source.config.items() if k != 'quantization_config'}, 'quantization_config': qc}
     size = sum(t.nbytes for n in shards for t in open_source(cw.stage/n).tensors.values())
-    copies = [source.path/n for n in source.other_files if n not in files]
+    copies = [source.path/n for n in source.other_files if n not in files and n not in _OURS]
     cw.finish(keys, files, copies, source.skipped_files, size)
 
-# %% ../nbs/07_convert.ipynb #16abedc7
+# %% ../nbs/07_convert.ipynb #8052fab3
 def _plain_units(reader):
     "What a plain checkpoint holds: (key, dtype, shape, generator of chunks, names) for each tensor"
     stacks, transposed = reader.stacks, set(reader.config.get('transposed') or [])
@@ -375,9 +386,10 @@ def dequantize_checkpoint(
                 with cw.shard(shard, sum(entry_nbytes(k, s) for k,_,s,_ in group)) as w:
                     for k,d,s,names in sorted(group, key=lambda o: -DTYPES[o[1]].itemsize):
                         w.add(k, d, s, _plain_chunks(r, k, s, names, dtype, k in transposed, bar.update))
+                r.source.check_unchanged()
                 cw.finish_shard(shard)
             config = {k:v for k,v in r.source.config.items() if k != 'quantization_config'}
-            copies = [r.path/n for n in r.source.other_files if n not in ('config.json', 'hlwq_config.json', 'polar_config.json', 'hlwq_manifest.json')]
+            copies = [r.path/n for n in r.source.other_files if n not in _OURS]
             return cw.finish({k:n for n,g in shards.items() for k,*_ in g}, {'config.json': config} if config else {}, copies, total_size=total)
 
 def _cut_plain(units, limit):

@@ -129,7 +129,7 @@ def _by_pair(up, down):
     plain,swapped = b == c and a in (d, 2*d),a == d and b in (c, 2*c)
     return None if plain == swapped else swapped
 
-# %% ../nbs/05_recipe.ipynb #549e4b4a
+# %% ../nbs/05_recipe.ipynb #91933eaa
 def is_transposed(
     t:TensorInfo, # a matrix, or a stack of experts
     src:Source, # the checkpoint that it belongs to
@@ -137,7 +137,7 @@ def is_transposed(
     """Finds out which axis of a weight is the input: from its neighbours, its shape, its bias, the kind of model.
 
     Raises ConfigError if nothing tells."""
-    kinds = {src.config.get('model_type'), src.text_config.get('model_type')}
+    kinds = {str(c.get('model_type')) for c in (src.config, src.text_config)}
     if len(t.shape) == 2: return bool(kinds & _CONV1D_MODELS) and bool(re.search(r'(c_attn|c_proj|c_fc|q_attn)\.weight$', t.name))
     hidden = next((src.text_config[k] for k in ('hidden_size', 'n_embd', 'd_model', 'dim') if k in src.text_config), None)
     parent = t.name.removesuffix('.weight').rpartition('.')[0]
