@@ -9,10 +9,10 @@ __all__ = ['pattern_of', 'grouped', 'describe', 'open_quantized', 'describe_matr
 import difflib, math, re
 from math import inf, prod
 
-# %% ../nbs/82_inspection.ipynb #3038a244
+# %% ../nbs/82_inspection.ipynb #b0e1ac8c
 import torch
 from .checkpoint import CheckpointReader
-from .core import ConfigError, UnsupportedError, asset_path, listing
+from .core import CheckpointError, ConfigError, UnsupportedError, asset_path, listing
 from .lloyd_max import gaussian_cells
 from .source import open_source
 
@@ -33,7 +33,7 @@ def grouped(
         g['n'], g['numbers'], g['nbytes'] = g['n']+1, g['numbers']+prod(shape), g['nbytes']+nbytes
     return list(found.values())
 
-# %% ../nbs/82_inspection.ipynb #23e1fdbb
+# %% ../nbs/82_inspection.ipynb #0f29571a
 _SETTINGS = ('format_version', 'version', 'bits', 'block_size', 'norm')
 
 def _of_quantized(r):
@@ -67,9 +67,10 @@ def open_quantized(
 ): # a CheckpointReader, or a Source if nothing in it is quantized by this package
     "Opens a checkpoint as what it is"
     try: return CheckpointReader(path, codebook)
-    except UnsupportedError:
+    except (CheckpointError, UnsupportedError) as e:
         src = open_source(path)
-        if src.files and src.quant_method in ('hlwq', 'polar', 'polarengine'): raise   # ours, but newer or older than can be read
+        foreign = isinstance(e, UnsupportedError) and src.quant_method not in ('hlwq', 'polar', 'polarengine')
+        if src.files and not foreign: raise                    # ours, but damaged, or newer or older than can be read
         return src
 
 # %% ../nbs/82_inspection.ipynb #77fac2d0
