@@ -1,0 +1,32 @@
+"""Gathers the measured numbers that a release is held against: docs/results/README.md from the JSON files beside it.
+
+    python benchmarks/targets.py
+"""
+import json
+from common import RESULTS
+
+def result(name): return json.loads((RESULTS/f'{name}.json').read_text())
+def row(what, target, got, ok, file): return f"| {what} | {target} | {got} | {'yes' if ok else '**no**'} | [{file}]({file}.md) |"
+
+def main():
+    q, s, k, p, i = (result(n) for n in ('quantize', 'stream', 'packing', 'plan', 'interrupt'))
+    seed, others = p['plans']['Qwen3_5MoeConfig'], {n:o for n,o in p['plans'].items() if n != 'Qwen3_5MoeConfig'}
+    rate, times, best = q['weights_per_second']['quantize 5']/1e6, q['times_of_matmul']['quantize 5'], k['best']['5']
+    exact = (seed['n_matrices'], seed['n_keys'], round(seed['quantized_params']/1e9, 3), round(seed['total_params']/1e9, 3), seed['bits_per_weight'], round(seed['nbytes']/1e9, 2))
+    low, fragile = min(o['outside_embeddings'] for o in others.values()), sum(len(o['fragile_quantized']) for o in others.values())
+    rows = [
+        row('plan of the default Qwen3.5-MoE config: matrices, keys, weights in billions, of, bits per weight, GB', '20,730; 62,190; 33.617; 35.114; 5.125; 21.55', '; '.join(f'{o:,}' for o in exact), exact == (20730, 62190, 33.617, 35.114, 5.125, 21.55), 'plan'),
+        row('the same: time and peak memory', 'under 10 s, under 1 GB', f"{seed['seconds']} s, {seed['peak_rss_mb']} MB", seed['seconds'] < 10 and seed['peak_rss_mb'] < 1000, 'plan'),
+        row('plans of 12 other architectures: least share of the 2-D and 3-D weights outside embeddings; routers and norms quantized', '90 %; 0', f'{100*low:.1f} %; {fragile}', low >= .9 and not fragile and len(others) == 12, 'plan'),
+        row('quantize 4096 x 4096 float32 to 5 bits, 2 CPU cores', '80 M weights/s', f'{rate:.0f} M weights/s', rate >= 80, 'quantize'),
+        row('the same, in units of the matmul with H128', 'at most 5', f'{times:.2f}', times <= 5, 'quantize'),
+        row('pack, unpack 5 bits', '500 M codes/s each', f"{best['pack']:.0f}, {best['unpack']:.0f} M codes/s", min(best['pack'], best['unpack']) >= 500, 'packing'),
+        row(f"stream a {s['source_bytes']/1e9:.2f} GB bf16 checkpoint: peak memory", 'at most 1.2 GB', f"{s['peak_rss']/1e9:.2f} GB", s['peak_rss'] <= 1.2e9, 'stream'),
+        row('the same: wall time over (read + quantize + write, each alone)', 'at most 1.3', f"{s['ratio']:.2f}", s['ratio'] <= 1.3, 'stream'),
+        row('relative weight error on Gaussian weights, 5 bits', 'at most 0.0500', f"{q['relative_error']['5']:.4f}", q['relative_error']['5'] <= .05, 'quantize'),
+        row('interrupted and resumed: sha256 of every file identical', 'always', f"{i['identical']} of {i['points']}", i['identical'] == i['points'], 'interrupt')]
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt')]
+    (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
+        '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
+
+if __name__ == '__main__': main()
