@@ -62,7 +62,7 @@ def _told(e, path):
     hint = ('free some space, then ' if e.errno in (errno.ENOSPC, errno.EDQUOT) else '') + 'run the same command again: it resumes'
     return OSError(e.errno, f"{os.strerror(e.errno) if e.errno else e} while writing; {hint}", str(path))
 
-# %% ../nbs/06_checkpoint.ipynb #a2db6bf0
+# %% ../nbs/06_checkpoint.ipynb #7df16ecd
 @patch
 def add(self:ShardWriter,
     name:str, # key of the tensor
@@ -73,12 +73,16 @@ def add(self:ShardWriter,
     "Appends one tensor, chunk by chunk"
     size, item = prod(shape)*DTYPES[dtype].itemsize, DTYPES[dtype].itemsize
     if name in self.tensors: raise CheckpointError(f"{self.path}: {name!r} written twice, need each key once; rename one in the source")
-    if self.at % item: raise CheckpointError(f"{self.path}: {name!r} would begin at byte {self.at}, need a multiple of {item}; write wide dtypes first")
+    if self.at % item:
+        raise CheckpointError(
+            f"{self.path}: {name!r} would begin at byte {self.at}, need a multiple of {item}; write wide dtypes first")
     start = self.at
     try:
         for c in chunks: self.at += self.file.write(_as_bytes(c))
     except OSError as e: raise _told(e, self.tmp) from None
-    if self.at - start != size: raise CheckpointError(f"{self.path}: {name!r} got {self.at-start} bytes, need {size} for {dtype} {tuple(shape)}")
+    if self.at - start != size:
+        raise CheckpointError(
+            f"{self.path}: {name!r} got {self.at-start} bytes, need {size} for {dtype} {tuple(shape)}")
     self.tensors[name] = dict(dtype=dtype, shape=list(shape), data_offsets=[start, self.at])
 
 @patch
@@ -92,7 +96,9 @@ def close(self:ShardWriter):
     "Writes the header, flushes to the disk, checks the file with the safetensors library and renames it"
     try:
         header = json.dumps({'__metadata__': self.metadata, **self.tensors}, separators=(',', ':')).encode()
-        if len(header) > self.room: raise CheckpointError(f"{self.path}: header of {len(header)} bytes, need at most the {self.room} reserved; reserve entry_nbytes for each tensor")
+        if len(header) > self.room:
+            raise CheckpointError(
+                f"{self.path}: header of {len(header)} bytes, need at most the {self.room} reserved; reserve entry_nbytes for each tensor")
         try:
             self.file.seek(0)
             self.file.write(self.room.to_bytes(8, 'little') + header.ljust(self.room))
@@ -154,7 +160,7 @@ def write_json(
     os.replace(tmp, path)
     _sync_folder(Path(path).parent)
 
-# %% ../nbs/06_checkpoint.ipynb #693e2098
+# %% ../nbs/06_checkpoint.ipynb #4cdcb953
 class CheckpointWriter:
     """Builds a checkpoint folder that appears under its name only when it is complete.
 
@@ -256,7 +262,9 @@ def _same_fingerprint(stage, old, new):
     diff = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if not diff: return
     said = '; '.join(f"{k} was {str(old.get(k))[:80]}, now {str(new.get(k))[:80]}" for k in diff[:8])
-    raise ResumeError(f"{stage}: started with other settings ({said}), need the same to resume; use resume=False (--no-resume) to start over, or another output folder")
+    raise ResumeError(
+        f"{stage}: started with other settings ({said}), need the same to resume; "
+        "use resume=False (--no-resume) to start over, or another output folder")
 
 @patch
 def _check_room(self:CheckpointWriter):
@@ -391,7 +399,7 @@ def detect_codebook(
     said = ', '.join(f'{b.name} {o:+.4f}' for b,o in zip(books, off))
     return books[best], f"the mean square of {codes.numel():,} codes differs from what it should be by {said}"
 
-# %% ../nbs/06_checkpoint.ipynb #9c537ade
+# %% ../nbs/06_checkpoint.ipynb #d6d5dc90
 class CheckpointReader:
     """Opens a quantized checkpoint, of this package or of the seed's layout, and checks every header.
 
@@ -422,29 +430,38 @@ def _open_quantized(path):
         got = [read_header(s) for s in shards]
         if any(_PART.match(k) for s in got for k in s.tensors):
             whole = [re.search(r'-of-(\d+)\.safetensors$', s.name) for s in shards]
-            if all(whole) and int(whole[0][1]) != len(shards): raise CheckpointError(f"{p}: {len(shards)} shards, need {int(whole[0][1])} by their names; incomplete download? fetch the rest")
+            if all(whole) and int(whole[0][1]) != len(shards):
+                raise CheckpointError(
+                    f"{p}: {len(shards)} shards, need {int(whole[0][1])} by their names; incomplete download? fetch the rest")
             cfg = _read_json(p/'config.json', 'a model configuration') if (p/'config.json').exists() else {}
             names = sorted(k for s in got for k in s.tensors)
-            if twice := [a for a,b in zip(names, names[1:]) if a == b]: raise CheckpointError(f"{p}: {listing(twice)} stored twice, need each tensor in one file; remove the stale shard")
+            if twice := [a for a,b in zip(names, names[1:]) if a == b]:
+                raise CheckpointError(
+                    f"{p}: {listing(twice)} stored twice, need each tensor in one file; remove the stale shard")
             return Source(p, cfg, {k:t for s in got for k,t in s.tensors.items()}, [s.name for s in shards], shards={s.path.name:s for s in got})
     return open_source(path)
 
 def _own_config(src):
     "The quantization settings, from wherever they are written; {} if nowhere"
     cfg = src.config.get('quantization_config') or {}
-    if not isinstance(cfg, dict): raise CheckpointError(f"{src.path}: quantization_config is a {type(cfg).__name__}, need an object; download config.json again")
+    if not isinstance(cfg, dict):
+        raise CheckpointError(
+            f"{src.path}: quantization_config is a {type(cfg).__name__}, need an object; download config.json again")
     if cfg.get('quant_method') not in (None, 'hlwq', 'polar', 'polarengine'): return {}
     for n in ('hlwq_config.json', 'polar_config.json'):
         if not cfg and (src.path/n).is_file():
             with suppress(CheckpointError): cfg = _read_json(src.path/n, 'the settings of a quantized checkpoint')
     v = cfg.get('format_version') or next((s.metadata.get('hlwq_format') for s in src.shards.values() if s.metadata.get('hlwq_format')), _FORMAT)
     ours = any('hlwq_format' in s.metadata for s in src.shards.values())
-    if str(v) != str(_FORMAT) if ours else str(v).isdecimal() and str(v) not in ('0', str(_FORMAT)): raise UnsupportedError(f"{src.path}: written by hlwq {cfg.get('version', '?')} in format {v}; this is hlwq {__version__}, which reads up to {_FORMAT}; pip install -U hlwq")
+    if str(v) != str(_FORMAT) if ours else str(v).isdecimal() and str(v) not in ('0', str(_FORMAT)):
+        raise UnsupportedError(
+            f"{src.path}: written by hlwq {cfg.get('version', '?')} in format {v}; "
+            f"this is hlwq {__version__}, which reads up to {_FORMAT}; pip install -U hlwq")
     if any('hlwq_format' in s.metadata for s in src.shards.values()) and not (src.path/_MANIFEST).exists():
         raise CheckpointError(f"{src.path}: no {_MANIFEST}, need it: without it a folder is not complete; copy or download the rest")
     return cfg
 
-# %% ../nbs/06_checkpoint.ipynb #5c0f9314
+# %% ../nbs/06_checkpoint.ipynb #deefde09
 def _group(src, cfg):
     "Sorts the tensors of a file into matrices and kept tensors, and checks that the parts of each matrix fit"
     parts, kept = {}, {}
@@ -456,18 +473,27 @@ def _group(src, cfg):
     matrices = {}
     for prefix, p in parts.items():
         info = _matrix_info(src, prefix, p, cfg)
-        if info.name in matrices: raise CheckpointError(f"{src.path}: {info.name!r} stored twice, as {matrices[info.name].prefix!r} and {prefix!r}, need it once; remove one")
+        if info.name in matrices:
+            raise CheckpointError(
+                f"{src.path}: {info.name!r} stored twice, as {matrices[info.name].prefix!r} and {prefix!r}, need it once; remove one")
         matrices[info.name] = info
     return matrices, kept
 
 def _not_hlwq(src, kept):
     "The error for a folder without HLWQ codes, which says what it holds instead"
     if any(k.endswith(('.codes', '.ct_scaled')) for k in kept):
-        return UnsupportedError(f"{src.path}: the legacy polarengine layout (.codes, .norms, .ct_scaled), need polar_state (__packed, __norms, __meta); quantize the original model again")
+        return UnsupportedError(
+            f"{src.path}: the legacy polarengine layout (.codes, .norms, .ct_scaled), need polar_state (__packed, __norms, __meta); "
+            "quantize the original model again")
     what = src.quant_method
-    if not src.files: return CheckpointError(f"{src.path}: only a config.json, need the weights beside it; incomplete download? fetch the rest")
+    if not src.files:
+        return CheckpointError(
+            f"{src.path}: only a config.json, need the weights beside it; incomplete download? fetch the rest")
     pickles = [o.name for o in src.path.glob('*.pt')]
-    if pickles: return UnsupportedError(f"{src.path}: no HLWQ codes but a pickle ({listing(pickles)}), need polar_state tensors; pickle is not read, look for another repository")
+    if pickles:
+        return UnsupportedError(
+            f"{src.path}: no HLWQ codes but a pickle ({listing(pickles)}), need polar_state tensors; "
+            "pickle is not read, look for another repository")
     return UnsupportedError(f"{src.path}: no HLWQ codes in it ({f'it is {what}' if what else 'it is not quantized'}), need polar_state tensors; " + ('run hlwq quantize on it first' if not what else 'load it with the tool that made it'))
 
 def _matrix_info(src, prefix, p, cfg):
@@ -477,29 +503,39 @@ def _matrix_info(src, prefix, p, cfg):
     codes, norms, meta = p.get('packed') or p.get('codes'), p.get('norms'), p.get('meta')
     gone = [n for n,t in (('__packed', codes), ('__norms', norms), ('__meta', meta)) if t is None and not (n == '__meta' and 'codes' in p)]
     if gone: raise bad(f"{listing(gone)} missing, need all three parts")
-    if norms.dtype not in ('F16', 'F32', 'BF16') or len(norms.shape) != 2: raise bad(f"norms are {triple(norms)}, need float16 or float32 of shape (out, n_blocks)")
+    if norms.dtype not in ('F16', 'F32', 'BF16') or len(norms.shape) != 2:
+        raise bad(
+            f"norms are {triple(norms)}, need float16 or float32 of shape (out, n_blocks)")
     out, nb = norms.shape
     width = nb*BLOCK_SIZE
     if meta is not None:
         if meta.dtype != 'I64' or meta.shape not in ((4,), (5,)): raise bad(f"meta is {triple(meta)}, need int64 of length 4 or 5")
         m = src.read(meta.name).tolist()
-        if m[2] != BLOCK_SIZE: raise UnsupportedError(f"{src.path}: matrix {prefix!r}: block size {m[2]}, need {BLOCK_SIZE}; other sizes are not read")
-        if m[:2] != [out, nb] or m[3] != out*nb*BLOCK_SIZE: raise bad(f"meta {m} does not fit norms {norms.shape}, need [{out}, {nb}, {BLOCK_SIZE}, {out*nb*BLOCK_SIZE}, in_features]")
+        if m[2] != BLOCK_SIZE:
+            raise UnsupportedError(
+                f"{src.path}: matrix {prefix!r}: block size {m[2]}, need {BLOCK_SIZE}; other sizes are not read")
+        if m[:2] != [out, nb] or m[3] != out*nb*BLOCK_SIZE:
+            raise bad(
+                f"meta {m} does not fit norms {norms.shape}, need [{out}, {nb}, {BLOCK_SIZE}, {out*nb*BLOCK_SIZE}, in_features]")
         if len(m) == 5: width = m[4]
-        if not 0 <= width <= nb*BLOCK_SIZE or ceil(width/BLOCK_SIZE) != nb: raise bad(f"{width} columns, need {max(nb-1, 0)*BLOCK_SIZE + 1} to {nb*BLOCK_SIZE} for {nb} blocks")
+        if not 0 <= width <= nb*BLOCK_SIZE or ceil(width/BLOCK_SIZE) != nb:
+            raise bad(
+                f"{width} columns, need {max(nb-1, 0)*BLOCK_SIZE + 1} to {nb*BLOCK_SIZE} for {nb} blocks")
     n = out*nb*BLOCK_SIZE
     name = logical_name(prefix)
     if 'codes' in p:
         if codes.dtype not in ('I8', 'U8') or codes.numel != n: raise bad(f"codes are {triple(codes)}, need {n} of int8")
         bits = cfg.get('bits') or 5
     else:
-        if codes.dtype != 'U8' or (codes.numel*8) % max(n, 1): raise bad(f"packed is {triple(codes)}, need uint8 with a whole number of bits for {n} codes")
+        if codes.dtype != 'U8' or (codes.numel*8) % max(n, 1):
+            raise bad(
+                f"packed is {triple(codes)}, need uint8 with a whole number of bits for {n} codes")
         bits = codes.numel*8//max(n, 1)
     if bits not in BITS: raise bad(f"{bits} bits a code, need one of {listing(BITS)}")
     nbytes = sum(t.nbytes for t in p.values())
     return MatrixInfo(name, prefix, (out, width), bits, norms.dtype, codes.file, 'codes' in p, nbytes)
 
-# %% ../nbs/06_checkpoint.ipynb #b7348c55
+# %% ../nbs/06_checkpoint.ipynb #d423c71c
 @patch
 def true_shapes(self:CheckpointReader) -> int: # how many widths were corrected
     "Takes the widths that a meta of length four leaves open from the model that config.json describes"
@@ -535,13 +571,17 @@ def book(self:CheckpointReader,
     said = self.config.get('codebook')
     said = said if isinstance(said, dict) else {'name': said} if isinstance(said, str) else {}
     tables = said.get('centroids') or {}
-    if not isinstance(tables, dict): raise CheckpointError(f"{self.path}: centroids are a {type(tables).__name__}, need a table for each width; the config is damaged")
+    if not isinstance(tables, dict):
+        raise CheckpointError(
+            f"{self.path}: centroids are a {type(tables).__name__}, need a table for each width; the config is damaged")
     numbers = tables.get(str(bits))
     if self.wanted != 'auto': found, why = codebook(self.wanted, bits), 'as asked'
     elif numbers: found, why = Codebook(said.get('name', 'custom'), bits, numbers), 'written in the config'
     elif said.get('name'): found, why = codebook(said['name'], bits), 'named in the config'
     else: found, why = self._detect(bits)
-    if found.bits != bits: raise CheckpointError(f"{self.path}: {2**found.bits} centroids for {bits} bits, need {2**bits}; the config is damaged")
+    if found.bits != bits:
+        raise CheckpointError(
+            f"{self.path}: {2**found.bits} centroids for {bits} bits, need {2**bits}; the config is damaged")
     self._books[bits], self.evidence[bits] = found, why
     return found
 
@@ -556,7 +596,7 @@ def _detect(self:CheckpointReader, bits, enough=4_000_000):
     warn_once(f"{self.path}: no codebook is named; taken for {found.name!r} because {why}. Name it with codebook=... if you know better")
     return found, why
 
-# %% ../nbs/06_checkpoint.ipynb #b4dce284
+# %% ../nbs/06_checkpoint.ipynb #1874c33f
 @patch
 def _codes(self:CheckpointReader, m, start=None, stop=None):
     "Codes (unpacked, flat) and packed bytes of some rows of a matrix"
@@ -586,7 +626,9 @@ def matrix(self:CheckpointReader,
     nb = ceil(m.shape[1]/BLOCK_SIZE)
     norms = self.source.read(f'{m.prefix}__norms', *rows)
     if m.norms_dtype == 'BF16': norms = norms.float()
-    if not torch.isfinite(norms).all(): raise CheckpointError(f"{self.path}: matrix {m.name!r}: {int((~torch.isfinite(norms)).sum())} norms are not finite, need all; the file is damaged")
+    if not torch.isfinite(norms).all():
+        raise CheckpointError(
+            f"{self.path}: matrix {m.name!r}: {int((~torch.isfinite(norms)).sum())} norms are not finite, need all; the file is damaged")
     if m.unpacked: packed = self._codes(m, *rows)[1]
     else: packed = self.source.read(f'{m.prefix}__packed', rows[0]*nb*16*m.bits, rows[1]*nb*16*m.bits) if len(self.source.tensors[f'{m.prefix}__packed'].shape) == 1 else self._codes(m, *rows)[1]
     return QuantizedTensor(packed, norms, (rows[1]-rows[0], m.shape[1]), m.bits, self.book(m.bits))
@@ -610,8 +652,12 @@ def stacks(self:CheckpointReader) -> dict: # fused name -> names of its experts,
         m = re.fullmatch(r'(.+)_e(\d+)', n)
         if m: found.setdefault(m[1], {})[int(m[2])] = n
     for k,v in found.items():
-        if sorted(v) != list(range(len(v))): raise CheckpointError(f"{self.path}: {k!r} has {len(v)} experts numbered up to {max(v)}, need 0 to {max(v)} without a gap; shards are missing")
-        if len({self.matrices[n].shape for n in v.values()}) > 1: raise CheckpointError(f"{self.path}: experts of {k!r} differ in shape, need the same; the file is damaged")
+        if sorted(v) != list(range(len(v))):
+            raise CheckpointError(
+                f"{self.path}: {k!r} has {len(v)} experts numbered up to {max(v)}, need 0 to {max(v)} without a gap; shards are missing")
+        if len({self.matrices[n].shape for n in v.values()}) > 1:
+            raise CheckpointError(
+                f"{self.path}: experts of {k!r} differ in shape, need the same; the file is damaged")
     return {k:[v[i] for i in range(len(v))] for k,v in found.items()}
 
 # %% ../nbs/06_checkpoint.ipynb #45c55a4d

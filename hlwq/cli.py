@@ -238,7 +238,7 @@ def _show_matrix(d, screen):
     screen.say(f"norms: {' x '.join(map(str, n['shape']))} {n['dtype']}, from {n['least']:.4g} over {n['median']:.4g} (median) to {n['greatest']:.4g}; {n['zero']} are zero")
     screen.table(('code', 'centroid', 'share, %', 'normal, %', ''), [(str(c['code']), f"{c['centroid']:+.4f}", f"{100*c['share']:.2f}", f"{100*c['expected']:.2f}", '#'*round(40*c['share']/top)) for c in d['codes']])
 
-# %% ../nbs/90_cli.ipynb #94015de5
+# %% ../nbs/90_cli.ipynb #d2c0560f
 @app.command('dequantize', epilog='Example: hlwq dequantize path/to/model-Q5 path/to/model-plain')
 def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, typer.Option(metavar='TYPE', help='bfloat16, float16 or float32.')]='bfloat16',
                 overwrite:Overwrite=False, as_json:Json=False, quiet:Quiet=False):
@@ -249,13 +249,15 @@ def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, 
     from hlwq.convert import dequantize_checkpoint
     from hlwq.core import ConfigError, human_bytes
     types = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
-    if dtype not in types: raise ConfigError(f"dtype: {dtype!r}, need one of {', '.join(types)}; bfloat16 is what most models are stored in")
+    if dtype not in types:
+        raise ConfigError(
+            f"dtype: {dtype!r}, need one of {', '.join(types)}; bfloat16 is what most models are stored in")
     screen = Screen(as_json, quiet)
     manifest = dequantize_checkpoint(folder, out, codebook=codebook, dtype=types[dtype], overwrite=overwrite, progress=screen.progress)
     screen.say(f"{out}: {human_bytes(_weights(out))} of {dtype} weights, {100*_weights(out)/max(_weights(folder), 1):.0f} % of {folder}")
     screen.result(dict(out=str(out), dtype=dtype, nbytes=_weights(out), files=manifest['files']))
 
-# %% ../nbs/90_cli.ipynb #d512655c
+# %% ../nbs/90_cli.ipynb #c8f09404
 @app.command('eval', epilog='Example: hlwq eval path/to/model-Q5 --against path/to/model --text book.txt')
 def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='SRC', help='The model before it was quantized.', show_default=False)],
           text:Annotated[List[str], typer.Option('--text', metavar='FILE', help='A text to read, in UTF-8; may be given several times.', show_default=False)],
@@ -272,7 +274,9 @@ def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='
     from hlwq.evaluate import compare
     from hlwq.source import open_source
     screen, source, place = Screen(as_json, quiet), open_source(against), pick_device(device)
-    if source.quant_method == 'hlwq': raise ConfigError(f"{against}: quantized itself, need the model before that; name the original with --against")
+    if source.quant_method == 'hlwq':
+        raise ConfigError(
+            f"{against}: quantized itself, need the model before that; name the original with --against")
     with CheckpointReader(folder, codebook): pass              # a wrong folder should be noticed before anything slow
     tokens = _read_texts(text, load_tokenizer(source.path), max_tokens)
     with tempfile.TemporaryDirectory(prefix='hlwq-eval-') as d:

@@ -69,7 +69,7 @@ def row_spans(
     step = max(1, piece//max(width, 1))
     return [(a, min(a+step, rows)) for a in range(0, rows, step)]
 
-# %% ../nbs/07_convert.ipynb #e9b6a909
+# %% ../nbs/07_convert.ipynb #78bbc1ea
 def apply_scale(
     w:Tensor, # (rows, in_features) float8, rows `start` and after of a matrix with `out` rows
     scale:Tensor, # one number, (out,), (out, 1), or a grid (ceil(out/b), ceil(in/b))
@@ -87,7 +87,9 @@ def apply_scale(
     if s.shape in ((out,), (out, 1)): return w*s.reshape(-1, 1)[start:start+rows]
     r, c = block or (BLOCK_SIZE, BLOCK_SIZE)
     if s.ndim != 2 or tuple(s.shape) != (ceil(out/r), ceil(width/c)):
-        raise CheckpointError(f"{name}: shape {tuple(scale.shape)}, need one number, one a row or one for each {r} x {c} tile of {(out, width)}; the scale belongs to another tensor")
+        raise CheckpointError(
+            f"{name}: shape {tuple(scale.shape)}, need one number, one a row or one for each {r} x {c} tile of {(out, width)}; "
+            "the scale belongs to another tensor")
     at = torch.arange(start, start+rows)//r
     return w*s[at].repeat_interleave(c, dim=1)[:, :width]
 
@@ -135,7 +137,7 @@ def unit_spans(
     "Cuts a matrix into pieces; an expert, or a matrix that is stored the other way round, is one piece"
     return [(0, u.out)] if u.expert is not None or u.row.transposed else row_spans(u.out, u.width)
 
-# %% ../nbs/07_convert.ipynb #9ea373f6
+# %% ../nbs/07_convert.ipynb #50e8eb0e
 class _Times(dict):
     "Seconds spent in reading, quantizing and writing, summed over threads"
     @contextmanager
@@ -161,9 +163,14 @@ def _pieces(source, units, times):
 def _scale_of(scale, expert, row):
     "The part of a scale that belongs to one expert: its first axis counts the experts"
     bad = ~torch.isfinite(scale.float())
-    if bad.any(): raise NonFiniteError(f"{row.scale}: {int(bad.sum())} scales are NaN or infinite, need finite ones for {row.name}; repair the checkpoint")
+    if bad.any():
+        raise NonFiniteError(
+            f"{row.scale}: {int(bad.sum())} scales are NaN or infinite, need finite ones for {row.name}; repair the checkpoint")
     if expert is None or scale.numel() == 1: return scale
-    if scale.shape[0] != row.shape[0]: raise CheckpointError(f"{row.scale}: shape {tuple(scale.shape)}, need {row.shape[0]} on the first axis, one for each expert of {row.name}; the scale belongs to another tensor")
+    if scale.shape[0] != row.shape[0]:
+        raise CheckpointError(
+            f"{row.scale}: shape {tuple(scale.shape)}, need {row.shape[0]} on the first axis, one for each expert of {row.name}; "
+            "the scale belongs to another tensor")
     return scale[expert]
 
 def _fp8_block(source):
@@ -248,12 +255,16 @@ def quantization_config(
         kept={r.name: r.rule for r in plan.rows if r.action == 'keep'}, dropped={r.name: r.rule for r in plan.rows if r.action == 'drop'})
     return res
 
-# %% ../nbs/07_convert.ipynb #bded71d6
+# %% ../nbs/07_convert.ipynb #e5e11480
 def _check_paths(src, out):
     "Raises ConfigError if writing to `out` could harm the source"
     a, b = Path(src).resolve(), Path(out).resolve()
-    if a == b or (b.exists() and os.path.samefile(a, b)): raise ConfigError(f"{out}: input and output are the same folder, need two; nothing is ever changed in place")
-    if a in b.parents or b in a.parents: raise ConfigError(f"{out}: lies inside {src} or the other way round, need separate folders; choose another output")
+    if a == b or (b.exists() and os.path.samefile(a, b)):
+        raise ConfigError(
+            f"{out}: input and output are the same folder, need two; nothing is ever changed in place")
+    if a in b.parents or b in a.parents:
+        raise ConfigError(
+            f"{out}: lies inside {src} or the other way round, need separate folders; choose another output")
 
 def pick_device(
     device='auto', # "auto", or a torch device
@@ -265,7 +276,9 @@ def pick_device(
     try:
         d = torch.device(device)
         torch.empty(1, device=d)
-    except (RuntimeError, AssertionError) as e: raise ConfigError(f"device: {device!r} ({str(e).splitlines()[0][:80]}), need one that this machine has; 'cpu' always works") from None
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(
+            f"device: {device!r} ({str(e).splitlines()[0][:80]}), need one that this machine has; 'cpu' always works") from None
     return d
 
 def _bar(progress, total, done, what):

@@ -117,11 +117,13 @@ def human_bytes(
     else: unit = 'TB'
     return f'{n:.0f} B' if unit == 'B' else f'{n:.2f} {unit}'
 
-# %% ../nbs/00_core.ipynb #581ad5ee
+# %% ../nbs/00_core.ipynb #bfe1c26f
 def asset_path(
     name:str, # file or folder under `hlwq/assets`
 ) -> Path:
     "Finds a file or folder that ships with the package"
     p = Path(__file__).parent/'assets'/name
     if p.exists(): return p
-    raise ConfigError(f"asset {name!r}: not found, need one of {listing(sorted(o.name for o in p.parent.iterdir()))}; reinstall hlwq if it should be there")
+    raise ConfigError(
+        f"asset {name!r}: not found, need one of {listing(sorted(o.name for o in p.parent.iterdir()))}; "
+        "reinstall hlwq if it should be there")

@@ -25,7 +25,7 @@ from .recipe import make_plan
 from .screen import Screen, stage
 from .source import open_source
 
-# %% ../nbs/81_demo.ipynb #362d6e6c
+# %% ../nbs/81_demo.ipynb #890a4785
 _MARK = 'hlwq-demo.json'
 
 def demo_folder(
@@ -38,7 +38,9 @@ def demo_folder(
     if out.exists() and not out.is_dir(): raise ConfigError(f"{out}: a file, need a folder for the results; choose another with --out")
     found = sorted(o.name for o in out.iterdir()) if out.exists() else []
     foreign = [n for n in found if not _ours(n)]
-    if foreign or (found and _MARK not in found): raise ConfigError(f"{out}: holds {listing(foreign or found)}, need a folder of an earlier demo, or a new one; choose another with --out")
+    if foreign or (found and _MARK not in found):
+        raise ConfigError(
+            f"{out}: holds {listing(foreign or found)}, need a folder of an earlier demo, or a new one; choose another with --out")
     for n in found: shutil.rmtree(out/n) if (out/n).is_dir() else (out/n).unlink()
     out.mkdir(parents=True, exist_ok=True)
     (out/_MARK).write_text(json.dumps(dict(made_by=f'hlwq {__version__} demo')) + '\n')
@@ -67,7 +69,7 @@ def weight_nbytes(
     "Adds up the weight files of a checkpoint as they lie on the disk"
     return sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
 
-# %% ../nbs/81_demo.ipynb #6332a84a
+# %% ../nbs/81_demo.ipynb #d18f1a54
 def load_plain(
     folder, # an ordinary checkpoint
     device='cpu', # where to put it: float32 on a CPU, bfloat16 elsewhere
@@ -83,12 +85,16 @@ def load_plain(
     try: model,info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError) as e: raise _not_loaded(folder, 'model', e) from e
     lost = sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))
-    if lost: raise CheckpointError(f"{folder}: {listing(lost)} missing or of another shape, need all weights of the model; check the folder with hlwq inspect")
+    if lost:
+        raise CheckpointError(
+            f"{folder}: {listing(lost)} missing or of another shape, need all weights of the model; check the folder with hlwq inspect")
     return model.eval().to(device)
 
 def _not_loaded(folder, what, e):
     said = str(e).strip().splitlines() or ['']
-    return ConfigError(f"{folder}: transformers loads no {what} from it ({type(e).__name__}: {said[0][:160]}), need a model with its config and tokenizer; check the folder, or upgrade transformers")
+    return ConfigError(
+        f"{folder}: transformers loads no {what} from it ({type(e).__name__}: {said[0][:160]}), "
+        "need a model with its config and tokenizer; check the folder, or upgrade transformers")
 
 def load_quantized(
     folder, # a quantized checkpoint

@@ -59,7 +59,7 @@ def cut_windows(
     n = len(tokens)//window
     return tokens[:n*window].view(n, window).long()
 
-# %% ../nbs/23_evaluate.ipynb #509be57c
+# %% ../nbs/23_evaluate.ipynb #74920fd1
 def load_text_tokens(
     path_or_text, # a file in UTF-8, or the text itself if it has more than one line
     tokenizer, # a transformers tokenizer
@@ -68,9 +68,13 @@ def load_text_tokens(
     "Reads a text and turns it into token ids without adding special tokens"
     text = path_or_text
     if isinstance(text, Path) or '\n' not in text:
-        if not Path(text).is_file(): raise ConfigError(f"text {str(text)!r}: no such file, need a file or a text of several lines; check the path")
+        if not Path(text).is_file():
+            raise ConfigError(
+                f"text {str(text)!r}: no such file, need a file or a text of several lines; check the path")
         try: text = Path(text).read_text(encoding='utf-8')
-        except UnicodeDecodeError as e: raise ConfigError(f"text {str(path_or_text)!r}: byte {e.start} is not UTF-8, need plain text; convert the file") from None
+        except UnicodeDecodeError as e:
+            raise ConfigError(
+                f"text {str(path_or_text)!r}: byte {e.start} is not UTF-8, need plain text; convert the file") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 
@@ -94,14 +98,16 @@ def _score(
         rows.append(total/length)
     return torch.stack(rows)
 
-# %% ../nbs/23_evaluate.ipynb #9ea391e0
+# %% ../nbs/23_evaluate.ipynb #b27da9ce
 def _check_model(model, tokens):
     if getattr(model, 'training', False): raise ConfigError('model: in training mode, need evaluation mode (dropout would add noise); call model.eval()')
     config = getattr(model, 'config', None)
     config = config.get_text_config() if hasattr(config, 'get_text_config') else config
     vocab,low,high = getattr(config, 'vocab_size', None),int(tokens.min()),int(tokens.max())
     if low < 0 or vocab and high >= vocab:
-        raise ConfigError(f"tokens: ids from {low} to {high}, need 0 to {vocab-1 if vocab else 'the size of the vocabulary'}; use the tokenizer that belongs to the model")
+        raise ConfigError(
+            f"tokens: ids from {low} to {high}, need 0 to {vocab-1 if vocab else 'the size of the vocabulary'}; "
+            "use the tokenizer that belongs to the model")
     return vocab
 
 def _device(model):
@@ -110,17 +116,23 @@ def _device(model):
 
 def _logits(model, ids, device, name, at):
     out = model(input_ids=ids.to(device or _device(model)), use_cache=False).logits
-    if int(ids.max()) >= out.shape[-1]: raise ConfigError(f"tokens: id {int(ids.max())}, need less than {out.shape[-1]}; use the tokenizer that belongs to the model")
+    if int(ids.max()) >= out.shape[-1]:
+        raise ConfigError(
+            f"tokens: id {int(ids.max())}, need less than {out.shape[-1]}; use the tokenizer that belongs to the model")
     if out.isnan().any():
-        raise NonFiniteError(f"{name}: NaN in the logits of windows {at} to {at+len(ids)-1}, need finite numbers; check its weights with verify, or run it in bfloat16 or float32")
+        raise NonFiniteError(
+            f"{name}: NaN in the logits of windows {at} to {at+len(ids)-1}, need finite numbers; "
+            "check its weights with verify, or run it in bfloat16 or float32")
     return out
 
-# %% ../nbs/23_evaluate.ipynb #b15ef9a0
+# %% ../nbs/23_evaluate.ipynb #609fbc95
 @torch.inference_mode()
 def _scores(models, tokens, window, batch_size, device, progress): # models: dict name -> model; the first one is the reference of the others
     ids = cut_windows(tokens, window)
     vocabs = {k:_check_model(m, tokens) for k,m in models.items()}
-    if len({v for v in vocabs.values() if v}) > 1: raise ConfigError(f"models: vocabularies of {listing(f'{v} ({k})' for k,v in vocabs.items())}, need one size; compare models of one family")
+    if len({v for v in vocabs.values() if v}) > 1:
+        raise ConfigError(
+            f"models: vocabularies of {listing(f'{v} ({k})' for k,v in vocabs.items())}, need one size; compare models of one family")
     size = batch_size or max(1, min(8, 2**28//((max(vocabs.values(), key=lambda v: v or 0) or 1)*ids.shape[1])))
     batches,rows = ids.split(size),{k:[] for k in models}
     if progress: from tqdm.auto import tqdm; batches = tqdm(batches, desc='windows', unit='batch')
@@ -318,12 +330,14 @@ def _repr_markdown_(self:TensorReport):
     line = lambda k,v: f'| {k} | {len(v)} | {self.pooled(v):.4f} | {max(v, key=lambda r: r.error).error:.4f} | {max(v, key=lambda r: r.error).name} |'
     return '\n'.join(['| kind | matrices | relative error | worst | which |\n|---|---|---|---|---|', *(line(k, v) for k,v in {**self.kinds, 'all':self.rows}.items() if v)])
 
-# %% ../nbs/23_evaluate.ipynb #ea6be494
+# %% ../nbs/23_evaluate.ipynb #1b7a2601
 def _original(source, name, transposed): # the matrix that a name of the quantized checkpoint stands for
     expert = re.fullmatch(r'(.+)_e(\d+)', name)
     if name in source.tensors or not expert: w = source.read(name)
     else: w,name = source.read(expert[1], int(expert[2]), int(expert[2])+1)[0],expert[1]
-    if not source.tensors[name].is_float: raise UnsupportedError(f"{name}: {source.tensors[name].dtype} in the original, need a 16- or 32-bit float; dequantize the original first")
+    if not source.tensors[name].is_float:
+        raise UnsupportedError(
+            f"{name}: {source.tensors[name].dtype} in the original, need a 16- or 32-bit float; dequantize the original first")
     return w.t() if name in transposed else w
 
 def tensor_report(

@@ -37,7 +37,7 @@ def gaussian_cells(
     moment = -_phi(lo)*np.expm1((lo-hi)*(lo+hi)/2)
     return prob, np.where(flip, -moment, moment)
 
-# %% ../nbs/02_lloyd_max.ipynb #340880de
+# %% ../nbs/02_lloyd_max.ipynb #13d81fe5
 def _check_width(bits):
     if type(bits) is int and 1 <= bits <= 8: return bits
     raise ConfigError(f"bits: {bits!r}, need a whole number from 1 to 8; 5 is the default and loses almost nothing")
@@ -46,13 +46,21 @@ def _as_centroids(name, bits, values):
     "One float32 tensor of its own, or a ConfigError that says what is wrong with the list"
     device = values.device if isinstance(values, Tensor) else 'cpu'
     try: c = torch.as_tensor(values, dtype=torch.float32, device=device).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as e: raise ConfigError(f"codebook {name!r}: centroids are not a list of numbers ({e}), need {2**bits} numbers; pass a flat list") from e
-    if c.shape != (2**bits,): raise ConfigError(f"codebook {name!r}: centroids of shape {tuple(c.shape)}, need ({2**bits},) for {bits} bits; give the bit width that belongs to the table")
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ConfigError(
+            f"codebook {name!r}: centroids are not a list of numbers ({e}), need {2**bits} numbers; pass a flat list") from e
+    if c.shape != (2**bits,):
+        raise ConfigError(
+            f"codebook {name!r}: centroids of shape {tuple(c.shape)}, need ({2**bits},) for {bits} bits; "
+            "give the bit width that belongs to the table")
     bad = (~c.isfinite()).nonzero().flatten().tolist()
     if bad: raise ConfigError(f"codebook {name!r}: not finite at index {listing(bad)}, need finite float32 numbers; correct the table")
     mid = _midpoints(c)
     bad = ((c[1:] <= c[:-1]).nonzero().flatten() + 1).tolist() or ((mid[1:] <= mid[:-1]).nonzero().flatten() + 1).tolist()
-    if bad: raise ConfigError(f"codebook {name!r}: not above its left neighbour at index {listing(bad)}, need strictly increasing centroids; sort the table and remove duplicates")
+    if bad:
+        raise ConfigError(
+            f"codebook {name!r}: not above its left neighbour at index {listing(bad)}, need strictly increasing centroids; "
+            "sort the table and remove duplicates")
     return c
 
 def _midpoints(c):
@@ -159,7 +167,7 @@ def _hundred_rounds(name, bits, end):
         edges = _half_edges(c, end)
     return Codebook(name, bits, torch.tensor(_mirror(c), device='cpu'), 100)
 
-# %% ../nbs/02_lloyd_max.ipynb #6975d4a8
+# %% ../nbs/02_lloyd_max.ipynb #cd2567e2
 CODEBOOKS = {'lloyd-max': lloyd_max,
     'inf100': lambda bits: _hundred_rounds('inf100', bits, math.inf),
     'trunc4': lambda bits: _hundred_rounds('trunc4', bits, 4.)}
@@ -178,7 +186,8 @@ def codebook(
     _check_width(bits)
     if isinstance(name, Codebook):
         if name.bits == bits: return name
-        raise ConfigError(f"codebook {name.name!r}: made for {name.bits} bits, need one for {bits}; pass bits={name.bits} or another codebook")
+        raise ConfigError(
+            f"codebook {name.name!r}: made for {name.bits} bits, need one for {bits}; pass bits={name.bits} or another codebook")
     if isinstance(name, str) and name in CODEBOOKS: return _remembered(name, bits)
     raise ConfigError(f"codebook {name!r}: unknown, need one of {', '.join(CODEBOOKS)}; build a Codebook for a table of your own")
 

@@ -106,10 +106,12 @@ def packed_nbytes(
     Raises ConfigError for a bit width that is not one of 2, 3, 4, 5, 6, 8."""
     return -(-n*check_bits(bits)//8)
 
-# %% ../nbs/03_packing.ipynb #2f1b250a
+# %% ../nbs/03_packing.ipynb #fb717ade
 def _uint8(name, x):
     if isinstance(x, Tensor) and x.dtype == torch.uint8: return x.reshape(-1)
-    raise ConfigError(f"{name}: {getattr(x, 'dtype', type(x).__name__)}, need a torch.uint8 tensor; convert with .to(torch.uint8) after checking the range")
+    raise ConfigError(
+        f"{name}: {getattr(x, 'dtype', type(x).__name__)}, need a torch.uint8 tensor; "
+        "convert with .to(torch.uint8) after checking the range")
 
 def pack_codes(
     codes:Tensor, # uint8, any shape, read in row-major order; each below 2**bits
@@ -130,7 +132,7 @@ def pack_codes(
         out[whole*n_bytes:] = torch.stack(pack_planes(tail, bits))[:len(out) - whole*n_bytes]
     return out
 
-# %% ../nbs/03_packing.ipynb #cff79184
+# %% ../nbs/03_packing.ipynb #f214da24
 def unpack_codes(
     packed:Tensor, # uint8, the stream
     bits:int, # bits per code, one of 2, 3, 4, 5, 6, 8
@@ -141,7 +143,9 @@ def unpack_codes(
     Raises ConfigError for another dtype, another bit width, or a stream whose length is not that of n codes."""
     flat, (n_codes, n_bytes) = _uint8('packed', packed), group_size(bits)
     if n < 0 or flat.numel() != packed_nbytes(n, bits):
-        raise ConfigError(f"packed: {flat.numel()} bytes, need {packed_nbytes(max(n, 0), bits)} for {n} codes of {bits} bits; check the bit width and the number of codes")
+        raise ConfigError(
+            f"packed: {flat.numel()} bytes, need {packed_nbytes(max(n, 0), bits)} for {n} codes of {bits} bits; "
+            "check the bit width and the number of codes")
     out, whole = flat.new_empty(n), n//n_codes
     _by_columns(unpack_planes, flat[:whole*n_bytes].view(whole, n_bytes), out[:whole*n_codes].view(whole, n_codes), bits)
     if n % n_codes:

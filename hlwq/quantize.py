@@ -82,7 +82,7 @@ def tree_sum(
         h //= 2
     return x[0]
 
-# %% ../nbs/04_quantize.ipynb #8073c6b2
+# %% ../nbs/04_quantize.ipynb #01f80bd1
 def _rescue(
     y:Tensor, # (128, n) float32 blocks, one a column; columns out of range are scaled in place
     squares:Tensor, # (n,) their sums of squares
@@ -91,7 +91,9 @@ def _rescue(
 
     Raises NonFiniteError if a weight is NaN or infinite."""
     peak = y.abs().amax(0)
-    if not torch.isfinite(peak).all(): raise NonFiniteError("block: NaN or infinity in it, need finite weights; find the tensor with hlwq.quantize, which names it")
+    if not torch.isfinite(peak).all():
+        raise NonFiniteError(
+            "block: NaN or infinity in it, need finite weights; find the tensor with hlwq.quantize, which names it")
     safe = (squares > 1e-30) & (squares < 1e30)
     exponent = torch.where(safe | (peak == 0), 0, torch.frexp(peak).exponent)
     _times_two_to(y, -exponent)
@@ -182,7 +184,7 @@ def quantize_rows(
     _in_threads(work, spans, workers if w.device.type == 'cpu' else 1)
     return packed.view(rows, -1), norms
 
-# %% ../nbs/04_quantize.ipynb #9cdf1223
+# %% ../nbs/04_quantize.ipynb #0749074e
 F16_MIN, F16_MAX = 2.0**-14, 65504.0
 
 def store_norms(
@@ -192,12 +194,14 @@ def store_norms(
 
     Raises UnsupportedError for norms that even float32 cannot hold."""
     if norms.numel() == 0: return norms.half()
-    if not torch.isfinite(norms).all(): raise UnsupportedError("norms: a block is longer than float32 can say (3.4e38), need smaller weights; rescale the tensor")
+    if not torch.isfinite(norms).all():
+        raise UnsupportedError(
+            "norms: a block is longer than float32 can say (3.4e38), need smaller weights; rescale the tensor")
     a = norms.abs()
     fits = ((a == 0) | (a >= F16_MIN)).all() and a.max() <= F16_MAX
     return norms.half() if fits else norms
 
-# %% ../nbs/04_quantize.ipynb #29c5ac7b
+# %% ../nbs/04_quantize.ipynb #326fe63b
 @dataclass(eq=False, repr=False)
 class QuantizedTensor:
     """A matrix as packed codes and one norm per block.
@@ -213,13 +217,19 @@ class QuantizedTensor:
     def __post_init__(self):
         self.shape, self.bits = tuple(int(s) for s in self.shape), check_bits(self.bits)
         if isinstance(self.codebook, str): self.codebook = get_codebook(self.codebook, self.bits)
-        if self.block_size != BLOCK_SIZE: raise ConfigError(f"block_size: {self.block_size}, need {BLOCK_SIZE}; other sizes are not written by any version")
+        if self.block_size != BLOCK_SIZE:
+            raise ConfigError(
+                f"block_size: {self.block_size}, need {BLOCK_SIZE}; other sizes are not written by any version")
         if len(self.shape) != 2: raise ConfigError(f"shape: {self.shape}, need (out_features, in_features)")
-        if self.codebook.bits != self.bits: raise ConfigError(f"codebook {self.codebook.name!r}: {self.codebook.bits} bits, need {self.bits}; ask for codebook(name, bits={self.bits})")
+        if self.codebook.bits != self.bits:
+            raise ConfigError(
+                f"codebook {self.codebook.name!r}: {self.codebook.bits} bits, need {self.bits}; ask for codebook(name, bits={self.bits})")
         self.packed = self.packed.reshape(-1)
         need, nb = self.shape[0]*self.n_blocks*16*self.bits, (self.shape[0], self.n_blocks)
         if self.packed.dtype != torch.uint8 or self.packed.numel() != need:
-            raise ConfigError(f"packed: {self.packed.numel()} of {self.packed.dtype}, need {need} of torch.uint8 for {self.shape} at {self.bits} bits; check bits and shape")
+            raise ConfigError(
+                f"packed: {self.packed.numel()} of {self.packed.dtype}, need {need} of torch.uint8 for {self.shape} at {self.bits} bits; "
+                "check bits and shape")
         if tuple(self.norms.shape) != nb or self.norms.dtype not in (torch.float16, torch.float32):
             raise ConfigError(f"norms: {tuple(self.norms.shape)} of {self.norms.dtype}, need {nb} of float16 or float32; check the shape")
 
@@ -289,14 +299,20 @@ def dequantize(self:QuantizedTensor,
     "Decodes the whole matrix"
     return dequantize_rows(self.packed.view(self.shape[0], -1), self.norms, self.codebook, self.shape[1], dtype)
 
-# %% ../nbs/04_quantize.ipynb #68dc5b46
+# %% ../nbs/04_quantize.ipynb #26d3f7c9
 def _check_matrix(w, name):
     "Raises ConfigError unless w is a 2-D float tensor with something in it"
     if not isinstance(w, Tensor): raise ConfigError(f"{name}: {type(w).__name__}, need a torch tensor; wrap it with torch.as_tensor")
     if w.is_meta: raise ConfigError(f"{name}: on the meta device, need real weights; load them first")
-    if not w.is_floating_point() or w.element_size() < 2: raise ConfigError(f"{name}: {w.dtype}, need float64, float32, float16 or bfloat16; 8-bit floats must be multiplied by their scale first")
-    if w.ndim != 2: raise ConfigError(f"{name}: shape {tuple(w.shape)}, need two axes (out_features, in_features); slice a stack of experts first")
-    if w.numel() == 0: raise ConfigError(f"{name}: shape {tuple(w.shape)}, need at least one row and one column; keep empty tensors as they are")
+    if not w.is_floating_point() or w.element_size() < 2:
+        raise ConfigError(
+            f"{name}: {w.dtype}, need float64, float32, float16 or bfloat16; 8-bit floats must be multiplied by their scale first")
+    if w.ndim != 2:
+        raise ConfigError(
+            f"{name}: shape {tuple(w.shape)}, need two axes (out_features, in_features); slice a stack of experts first")
+    if w.numel() == 0:
+        raise ConfigError(
+            f"{name}: shape {tuple(w.shape)}, need at least one row and one column; keep empty tensors as they are")
 
 def nonfinite_message(
     w:Tensor, # the tensor, any shape
@@ -335,13 +351,15 @@ def dequantize(
     "Decodes a quantized matrix"
     return q.dequantize(dtype)
 
-# %% ../nbs/04_quantize.ipynb #efae1904
+# %% ../nbs/04_quantize.ipynb #db0cefd4
 def quant_error(
     w:Tensor, # (out_features, in_features) the original
     q:QuantizedTensor, # what became of it
 ) -> float: # ||W - Wq|| / ||W||, 0 for a matrix of zeros
     "Measures the relative error of a quantized matrix, in float64, some rows at a time"
-    if tuple(w.shape) != q.shape: raise ConfigError(f"quant_error: shapes {tuple(w.shape)} and {q.shape}, need the same; compare a matrix with its own codes")
+    if tuple(w.shape) != q.shape:
+        raise ConfigError(
+            f"quant_error: shapes {tuple(w.shape)} and {q.shape}, need the same; compare a matrix with its own codes")
     num, den, step = 0., 0., max(1, (1 << 22)//w.shape[1])
     packed = q.packed.view(q.shape[0], -1)
     for a in range(0, q.shape[0], step):

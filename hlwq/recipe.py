@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .core import *
 from .source import Source, open_source
 
-# %% ../nbs/05_recipe.ipynb #94967c9b
+# %% ../nbs/05_recipe.ipynb #0bb353b0
 @dataclass(frozen=True)
 class Rule:
     "What to do with the tensors whose name matches"
@@ -30,12 +30,21 @@ class Rule:
 
     def __post_init__(self):
         try: re.compile(self.match)
-        except (re.error, TypeError) as e: raise ConfigError(f"rule '{self.match}': not a regular expression ({e}), need one such as {'mlp.*down_proj'!r}; what a shell writes as * is .* here") from None
-        if sum(o is not None for o in (self.bits, self.keep, self.drop)) != 1: raise ConfigError(f"rule '{self.match}': {self.asdict()}, need exactly one of bits, keep and drop; write two rules for two things")
+        except (re.error, TypeError) as e:
+            raise ConfigError(
+                f"rule '{self.match}': not a regular expression ({e}), need one such as {'mlp.*down_proj'!r}; "
+                "what a shell writes as * is .* here") from None
+        if sum(o is not None for o in (self.bits, self.keep, self.drop)) != 1:
+            raise ConfigError(
+                f"rule '{self.match}': {self.asdict()}, need exactly one of bits, keep and drop; write two rules for two things")
         if self.bits is not None: check_bits(self.bits)
         for k in ('keep', 'drop'):
-            if (v := getattr(self, k)) is not None and (not isinstance(v, str) or not v.strip()): raise ConfigError(f"rule '{self.match}': {k} is {v!r}, need the reason as text; it is shown in the plan")
-        if type(self.force) is not bool or self.transposed not in (None, True, False): raise ConfigError(f"rule '{self.match}': force {self.force!r}, transposed {self.transposed!r}, need true or false; leave them out if in doubt")
+            if (v := getattr(self, k)) is not None and (not isinstance(v, str) or not v.strip()):
+                raise ConfigError(
+                    f"rule '{self.match}': {k} is {v!r}, need the reason as text; it is shown in the plan")
+        if type(self.force) is not bool or self.transposed not in (None, True, False):
+            raise ConfigError(
+                f"rule '{self.match}': force {self.force!r}, transposed {self.transposed!r}, need true or false; leave them out if in doubt")
     def asdict(self): return {k:v for k,v in self.__dict__.items() if v is not None and not (k == 'force' and v is False)}
     def hits(self, name): return re.search(self.match, name) is not None
     def __str__(self): return f"your rule '{self.match}'" + (f": {self.keep or self.drop}" if self.bits is None else '')
@@ -51,7 +60,7 @@ PROTECTED = (
     Rule(r'bias$|(^|\.)sinks?$', keep='bias'),
 )
 
-# %% ../nbs/05_recipe.ipynb #ab5838fa
+# %% ../nbs/05_recipe.ipynb #d257f6dc
 _LM = r'^(model\.|language_model\.|transformer\.|text_model\.)*'
 _MTP = 'multi-token prediction'
 DEFAULTS = (
@@ -74,7 +83,9 @@ class Recipe:
 
     def __post_init__(self):
         check_bits(self.bits)
-        if bad := [o for o in self.rules if not isinstance(o, Rule)]: raise ConfigError(f"recipe: {bad[0]!r} among the rules, need Rule objects; write Rule(match, bits=...)")
+        if bad := [o for o in self.rules if not isinstance(o, Rule)]:
+            raise ConfigError(
+                f"recipe: {bad[0]!r} among the rules, need Rule objects; write Rule(match, bits=...)")
 
 def default_recipe(
     bits:int=5, # width of a code
@@ -82,7 +93,7 @@ def default_recipe(
     "Returns the recipe with no rules of yours"
     return Recipe(bits)
 
-# %% ../nbs/05_recipe.ipynb #bd49d263
+# %% ../nbs/05_recipe.ipynb #c4e8e8ef
 @patch(cls_method=True)
 def from_toml(cls:Recipe,
     path, # a TOML file
@@ -93,12 +104,18 @@ def from_toml(cls:Recipe,
     try: import tomllib
     except ImportError: import tomli as tomllib
     try: d = tomllib.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e: raise ConfigError(f"{path}: not TOML ({e}), need lines such as bits = 5; regular expressions go in single quotes") from None
+    except ValueError as e:
+        raise ConfigError(
+            f"{path}: not TOML ({e}), need lines such as bits = 5; regular expressions go in single quotes") from None
     rules = d.pop('rules', [])
-    if not isinstance(rules, list) or not all(isinstance(o, dict) for o in rules): raise ConfigError(f"{path}: rules is no list of tables, need [[rules]] in double brackets; one for each rule")
+    if not isinstance(rules, list) or not all(isinstance(o, dict) for o in rules):
+        raise ConfigError(
+            f"{path}: rules is no list of tables, need [[rules]] in double brackets; one for each rule")
     known = set(Rule.__dataclass_fields__)
     for i,o in enumerate(rules):
-        if bad := [k for k in o if k not in known]: raise ConfigError(f"{path}: rule {i+1} has {listing(bad)}, need only {', '.join(sorted(known))}; check the spelling")
+        if bad := [k for k in o if k not in known]:
+            raise ConfigError(
+                f"{path}: rule {i+1} has {listing(bad)}, need only {', '.join(sorted(known))}; check the spelling")
         if 'match' not in o: raise ConfigError(f"{path}: rule {i+1} matches nothing, need match = 'regular expression'; add it")
     if bad := [k for k in d if k != 'bits']: raise ConfigError(f"{path}: {listing(bad)}, need only bits and [[rules]]; check the spelling")
     return cls(bits=d.get('bits', 5), rules=[Rule(**o) for o in rules])
@@ -129,7 +146,7 @@ def _by_pair(up, down):
     plain,swapped = b == c and a in (d, 2*d),a == d and b in (c, 2*c)
     return None if plain == swapped else swapped
 
-# %% ../nbs/05_recipe.ipynb #91933eaa
+# %% ../nbs/05_recipe.ipynb #12ad0eb3
 def is_transposed(
     t:TensorInfo, # a matrix, or a stack of experts
     src:Source, # the checkpoint that it belongs to
@@ -146,7 +163,10 @@ def is_transposed(
     evidence = [_by_pair(u, d) for u,d in pairs] + [f for o in family for f in (_by_shape(o, hidden), _by_bias(o, src))]
     found = next((e for e in evidence if e is not None), None)
     if found is None: found = True if kinds & _STORED_IN_OUT else False if kinds & _STORED_OUT_IN else None
-    if found is None: raise ConfigError(f"{t.name}: shape {list(t.shape)} and model_type {src.config.get('model_type')!r} do not tell which axis is the input, need a rule that says it; add one with bits and transposed = true for (experts, in, out) or false for (experts, out, in)")
+    if found is None:
+        raise ConfigError(
+            f"{t.name}: shape {list(t.shape)} and model_type {src.config.get('model_type')!r} do not tell which axis is the input, "
+            "need a rule that says it; add one with bits and transposed = true for (experts, in, out) or false for (experts, out, in)")
     return found
 
 def _siblings(src):
@@ -254,7 +274,7 @@ def _decide(t, src, recipe, bits, mtp, scale):
     if len(t.shape) == 3 and re.search(_STACK, t.name): return _quantized(t, src, bits, 'fused experts', scale=scale),None,None
     return keep(_NO_RULE),None,None
 
-# %% ../nbs/05_recipe.ipynb #5f80834b
+# %% ../nbs/05_recipe.ipynb #b45f57c4
 _SCALES = ('_scale_inv', '_scale', '.scale_inv', '.scale')
 
 def _fp8_scales(src):
@@ -265,20 +285,30 @@ def _fp8_scales(src):
         stem = t.name.removesuffix('.weight')
         tried = dict.fromkeys([t.name+o for o in _SCALES] + [stem+o for o in _SCALES[2:]])
         found = next((k for k in tried if k in src.tensors), None)
-        if not found: raise CheckpointError(f"{t.name}: {t.dtype} without its scale, need one of {listing(k[len(stem):] for k in tried)} behind {stem}; download the index and all shards again")
+        if not found:
+            raise CheckpointError(
+                f"{t.name}: {t.dtype} without its scale, need one of {listing(k[len(stem):] for k in tried)} behind {stem}; "
+                "download the index and all shards again")
         scale_of[t.name],used[found] = found,t.name
         for k in (f'{stem}.input_scale', f'{stem}.activation_scale'):
             if k in src.tensors: used[k] = t.name
     lost = [t.name for t in src.tensors.values() if t.dtype == 'F8_E8M0' and t.name not in used]
-    if lost: raise UnsupportedError(f"{listing(lost)}: F8_E8M0 scales of no fp8 tensor, need a checkpoint in 16 bits; start from the base model")
+    if lost:
+        raise UnsupportedError(
+            f"{listing(lost)}: F8_E8M0 scales of no fp8 tensor, need a checkpoint in 16 bits; start from the base model")
     return scale_of,used
 
 def _check_source(src):
     "Refuses a source that is quantized already, or whose names would be mistaken for ours"
     m = src.quant_method
-    if m == 'hlwq': raise ConfigError(f"{src.path}: already quantized (hlwq), need 16-bit or fp8 weights; start from the base model, or decode it with hlwq dequantize")
+    if m == 'hlwq':
+        raise ConfigError(
+            f"{src.path}: already quantized (hlwq), need 16-bit or fp8 weights; "
+            "start from the base model, or decode it with hlwq dequantize")
     if m not in (None, 'fp8'):
-        raise ConfigError(f"{src.path}: already quantized ({m}), need 16-bit or fp8 weights; start from the base model that it was made from. If the weights are plain after all, remove quantization_config from its config.json")
+        raise ConfigError(
+            f"{src.path}: already quantized ({m}), need 16-bit or fp8 weights; "
+            "start from the base model that it was made from. If the weights are plain after all, remove quantization_config from its config.json")
     if bad := [k for k in src.tensors if k.endswith(('__packed', '__codes', '__norms', '__meta'))]:
         raise CheckpointError(f"{src.path}: {listing(bad)}, need names that do not end like the parts of a quantized matrix; rename them")
 
@@ -342,7 +372,7 @@ class Plan:
         q = self.quantized_params
         return q/max(q + sum(r.numel for r in self.forgotten), 1)
 
-# %% ../nbs/05_recipe.ipynb #577f89f6
+# %% ../nbs/05_recipe.ipynb #399b0dc6
 SHARD_NBYTES = 5_000_000_000
 
 def _lay_out(rows):
@@ -371,7 +401,9 @@ def make_plan(
     Raises ConfigError for a rule without effect, a source quantized already or too low a coverage, CheckpointError for one that is broken."""
     src = open_source(src, weights=False)                      # of a hub id only the headers are fetched
     recipe = default_recipe() if recipe is None else Recipe.from_toml(recipe) if isinstance(recipe, (str, Path)) else recipe
-    if not isinstance(recipe, Recipe): raise ConfigError(f"recipe: a {type(recipe).__name__}, need a Recipe or the path of a TOML file; write Recipe(rules=[Rule(...)])")
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"recipe: a {type(recipe).__name__}, need a Recipe or the path of a TOML file; write Recipe(rules=[Rule(...)])")
     bits = check_bits(recipe.bits if bits is None else bits)
     _check_source(src)
     (scale_of,used),mtp,rows,outcome = _fp8_scales(src),_mtp_rules(src),[],{}
@@ -389,7 +421,9 @@ def make_plan(
 def _check_plan(plan, min_coverage):
     "A plan must speak of every tensor once, quantize something, and not overlook much"
     if len(plan._by_name) != len(plan.rows) or plan._by_name.keys() != plan.source.tensors.keys():
-        raise CheckpointError(f"{plan.source.path}: the plan has {len(plan.rows)} rows for {len(plan.source.tensors)} tensors, need one each; this is a fault of hlwq, please report it")
+        raise CheckpointError(
+            f"{plan.source.path}: the plan has {len(plan.rows)} rows for {len(plan.source.tensors)} tensors, need one each; "
+            "this is a fault of hlwq, please report it")
     if plan.understood >= min_coverage and (plan.n_matrices or not min_coverage): return
     big = sorted(plan.forgotten, key=lambda r: -r.numel)
     what = f"only {plan.understood:.1%} of the matrices would be quantized, without {listing(f'{r.name} {list(r.shape)}' for r in big)}" if big else 'nothing would be quantized'

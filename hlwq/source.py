@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from .core import *
 
-# %% ../nbs/04a_source.ipynb #429dadc2
+# %% ../nbs/04a_source.ipynb #11719a1f
 def _promised(path, size):
     "Bytes that a file needs by its own header, and whether that is only a lower bound; (None, False) if the header makes no sense"
     with open(path, 'rb') as f:
@@ -31,11 +31,13 @@ def _promised(path, size):
 def _bad_shard(path, size, why):
     "The error for a file that the safetensors library refuses, with the expected size if the header tells it"
     want,least = _promised(path, size)
-    if want is None or want == size: return CheckpointError(f"{path}: not a valid safetensors file ({why}), need an intact one; download it again")
+    if want is None or want == size:
+        return CheckpointError(
+            f"{path}: not a valid safetensors file ({why}), need an intact one; download it again")
     help = 'incomplete download? fetch it again' if size < want else 'bytes follow the last tensor, fetch it again'
     return CheckpointError(f"{path}: {size} bytes, need {'at least ' if least else ''}{want} by its own header; {help}")
 
-# %% ../nbs/04a_source.ipynb #88004d9b
+# %% ../nbs/04a_source.ipynb #706b9875
 def _sniff(path, size):
     "Raises if the file is something that only carries the name of a safetensors file"
     with open(path, 'rb') as f: head = f.read(200)
@@ -44,16 +46,26 @@ def _sniff(path, size):
     if head.startswith(b'version https://git-lfs'):
         raise CheckpointError(f"{path}: a Git LFS pointer ({size} bytes), need the file it points to; run git lfs pull")
     if text.startswith((b'<!doctype', b'<html', b'<?xml')):
-        raise CheckpointError(f"{path}: an HTML or XML page ({size} bytes), need a safetensors file; log in or check the address, then download again")
+        raise CheckpointError(
+            f"{path}: an HTML or XML page ({size} bytes), need a safetensors file; log in or check the address, then download again")
     if head.startswith((b'PK\x03\x04', b'\x80\x02')):
-        raise UnsupportedError(f"{path}: a pickle checkpoint under another name, need safetensors; pickle checkpoints are not read, convert to safetensors first")
+        raise UnsupportedError(
+            f"{path}: a pickle checkpoint under another name, need safetensors; "
+            "pickle checkpoints are not read, convert to safetensors first")
 
-# %% ../nbs/04a_source.ipynb #9a5b7749
+# %% ../nbs/04a_source.ipynb #bc824296
 def _check_label(path, name, dtype, shape):
     "Raises for a name, type or shape that no honest checkpoint has"
-    if not re.fullmatch(r'[\x21-\x7e]+', name): raise CheckpointError(f"{path}: tensor name {name!r}, need printable ASCII without spaces; do not trust this file")
-    if len(shape) > 8 or prod(shape) >= 2**48: raise CheckpointError(f"{path}: tensor {name!r} has shape {list(shape)[:9]}, need at most 8 axes and fewer than 2**48 elements; do not trust this file")
-    if dtype not in DTYPES: raise UnsupportedError(f"{path}: tensor {name!r} has type {dtype}, need one of {', '.join(DTYPES)}; start from a checkpoint in 16 bits")
+    if not re.fullmatch(r'[\x21-\x7e]+', name):
+        raise CheckpointError(
+            f"{path}: tensor name {name!r}, need printable ASCII without spaces; do not trust this file")
+    if len(shape) > 8 or prod(shape) >= 2**48:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {list(shape)[:9]}, need at most 8 axes and fewer than 2**48 elements; "
+            "do not trust this file")
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{path}: tensor {name!r} has type {dtype}, need one of {', '.join(DTYPES)}; start from a checkpoint in 16 bits")
 
 @dataclass
 class Shard:
@@ -92,32 +104,43 @@ def read_header(
     if at != st.st_size: raise _bad_shard(path, st.st_size, 'sizes do not add up')
     return Shard(path, tensors, offsets, metadata, st.st_size, st.st_mtime_ns, hashlib.sha256(head).hexdigest())
 
-# %% ../nbs/04a_source.ipynb #35ae1a6c
+# %% ../nbs/04a_source.ipynb #ee2e54d4
 def _read_json(path, what):
     "A JSON object from a file, or an error that names the file"
     try: res = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise CheckpointError(f"{path}: not valid JSON ({str(e)[:80]}), need {what}; download it again") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({str(e)[:80]}), need {what}; download it again") from None
     if not isinstance(res, dict): raise CheckpointError(f"{path}: a JSON {type(res).__name__}, need {what}; download it again")
     return res
 
 def _safe_path(folder, name):
     "Turns a file name from an index into a path, if it can't lead out of the folder"
     if not isinstance(name, str) or not name.isprintable() or name in ('', '.', '..') or '/' in name or '\\' in name:
-        raise CheckpointError(f"{folder}: unsafe shard path {name!r} in the index, need a plain file name in the same folder; do not trust this checkpoint")
+        raise CheckpointError(
+            f"{folder}: unsafe shard path {name!r} in the index, need a plain file name in the same folder; do not trust this checkpoint")
     real,root = (folder/name).resolve(),folder.resolve()
     if real.is_relative_to(root) or (root.parent.name == 'snapshots' and real.is_relative_to(root.parent.parent/'blobs')): return folder/name
-    raise CheckpointError(f"{folder}: unsafe shard path {name!r}, a link to {real}, need a file inside the folder; copy the file there if you trust it")
+    raise CheckpointError(
+        f"{folder}: unsafe shard path {name!r}, a link to {real}, need a file inside the folder; copy the file there if you trust it")
 
-# %% ../nbs/04a_source.ipynb #9042b76d
+# %% ../nbs/04a_source.ipynb #219da3ad
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _SKIPPED = _PICKLES + ('.py', '.safetensors', '.gguf', '.h5', '.msgpack', '.onnx', '.npz', '.ot', '.tflite', '.tmp')
 
 def _no_weights(folder, names):
     "The error for a folder without a safetensors file"
     pickles,gguf = [o for o in names if o.endswith(_PICKLES) and o not in ('training_args.bin', 'optimizer.pt', 'scheduler.pt')],[o for o in names if o.endswith('.gguf')]
-    if pickles: return UnsupportedError(f"{folder}: only {listing(pickles)}, need safetensors; pickle checkpoints are not read, convert to safetensors first")
-    if gguf: return UnsupportedError(f"{folder}: only {listing(gguf)}, need safetensors; GGUF files are quantized already, start from the checkpoint they were made from")
-    return CheckpointError(f"{folder}: no weights ({len(names)} files), need model.safetensors or model.safetensors.index.json; incomplete download? To plan without weights give the config.json itself")
+    if pickles:
+        return UnsupportedError(
+            f"{folder}: only {listing(pickles)}, need safetensors; pickle checkpoints are not read, convert to safetensors first")
+    if gguf:
+        return UnsupportedError(
+            f"{folder}: only {listing(gguf)}, need safetensors; "
+            "GGUF files are quantized already, start from the checkpoint they were made from")
+    return CheckpointError(
+        f"{folder}: no weights ({len(names)} files), need model.safetensors or model.safetensors.index.json; "
+        "incomplete download? To plan without weights give the config.json itself")
 
 def _weight_map(folder, names):
     "name -> file from the index (None where there is no index), and the index's declared size"
@@ -127,17 +150,23 @@ def _weight_map(folder, names):
     if not index and 'model.safetensors' in shards: shards = ['model.safetensors']
     if not index and not shards: raise _no_weights(folder, names)
     if len(index) > 1 or (not index and len(shards) > 1):
-        raise CheckpointError(f"{folder}: {listing(index or shards)} but no model.safetensors.index.json, need one set of weights; incomplete download? Otherwise name one file")
+        raise CheckpointError(
+            f"{folder}: {listing(index or shards)} but no model.safetensors.index.json, need one set of weights; "
+            "incomplete download? Otherwise name one file")
     if not index: return {None:shards[0]},None
     d = _read_json(folder/index[0], 'an index with a weight_map')
     wm,meta = d.get('weight_map'),d.get('metadata')
-    if not isinstance(wm, dict) or not wm: raise CheckpointError(f"{folder/index[0]}: no weight_map, need tensor names with their files; download it again")
+    if not isinstance(wm, dict) or not wm:
+        raise CheckpointError(
+            f"{folder/index[0]}: no weight_map, need tensor names with their files; download it again")
     for o in {repr(o):o for o in wm.values()}.values(): _safe_path(folder, o)
     if 'model.safetensors' in shards and 'model.safetensors' not in wm.values():
-        raise CheckpointError(f"{folder}: both model.safetensors and an index of {len(set(wm.values()))} other files, need one of the two; remove the stale one")
+        raise CheckpointError(
+            f"{folder}: both model.safetensors and an index of {len(set(wm.values()))} other files, need one of the two; "
+            "remove the stale one")
     return wm,meta.get('total_size') if isinstance(meta, dict) else None
 
-# %% ../nbs/04a_source.ipynb #b9f48c62
+# %% ../nbs/04a_source.ipynb #569a5129
 def _check_index(folder, weight_map, total_size, shards):
     "Compares an index with the shards it describes and returns name -> shard"
     where,twice = {},[]
@@ -145,10 +174,15 @@ def _check_index(folder, weight_map, total_size, shards):
         for k in s.tensors:
             if k in where: twice.append((k, where[k].path.name, s.path.name))
             where[k] = s
-    if twice: raise CheckpointError(f"{folder}: {listing(k for k,*_ in twice)} stored twice, first in {twice[0][1]} and {twice[0][2]}, need each tensor in one file; remove the stale shard")
+    if twice:
+        raise CheckpointError(
+            f"{folder}: {listing(k for k,*_ in twice)} stored twice, first in {twice[0][1]} and {twice[0][2]}, "
+            "need each tensor in one file; remove the stale shard")
     if None in weight_map: return where
     gone = [f'{k} ({f})' for k,f in weight_map.items() if k not in shards[f].tensors]
-    if gone: raise CheckpointError(f"{folder}: {listing(gone)} in the index but not in the file, need both to agree; download the index and these files again")
+    if gone:
+        raise CheckpointError(
+            f"{folder}: {listing(gone)} in the index but not in the file, need both to agree; download the index and these files again")
     extra = [k for k in where if k not in weight_map]
     if extra: warn_once(f"{folder}: {listing(extra)} not in the index; kept all the same")
     size = sum(t.nbytes for s in shards.values() for t in s.tensors.values())
@@ -178,7 +212,7 @@ class Source:
     def __exit__(self, *args): self.close()
     def __repr__(self): return f"Source({self.path.name!r}: {len(self.tensors)} tensors, {self.numel:,} numbers, {human_bytes(self.nbytes)}{f' in {len(self.files)} files' if self.files else ', known from config.json alone'})"
 
-# %% ../nbs/04a_source.ipynb #c8be42da
+# %% ../nbs/04a_source.ipynb #3333d6cd
 def _folder_files(folder, used):
     "Splits what else lies in a folder into files worth copying and files to leave alone"
     copy,skip = [],[]
@@ -198,14 +232,16 @@ def _open_folder(folder, only=None):
     wm,total = ({None:only},None) if only else _weight_map(folder, names)
     files = sorted(set(wm.values()))
     gone = [o for o in files if not _safe_path(folder, o).exists()]
-    if gone: raise CheckpointError(f"{folder}: {listing(gone)} missing of {len(files)} weight files, need them all; incomplete download? Fetch the model again")
+    if gone:
+        raise CheckpointError(
+            f"{folder}: {listing(gone)} missing of {len(files)} weight files, need them all; incomplete download? Fetch the model again")
     shards = {o:read_header(_safe_path(folder, o)) for o in files}
     _check_index(folder, wm, total, shards)
     cfg = _read_json(folder/'config.json', 'a model configuration') if (folder/'config.json').exists() else {}
     tensors = {k:t for s in shards.values() for k,t in s.tensors.items()}
     return Source(folder, cfg, tensors, files, *_folder_files(folder, files), shards=shards)
 
-# %% ../nbs/04a_source.ipynb #695a1d1f
+# %% ../nbs/04a_source.ipynb #e16943f7
 def _model_class(config):
     "The transformers class that a config describes: the one it names, else the registered one, with a head if there is any"
     import transformers
@@ -218,25 +254,32 @@ def _model_class(config):
     for n in names + ([base] if isinstance(base, str) else list(base)):
         cls = getattr(transformers, n, None) if isinstance(n, str) else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel): return cls
-    raise UnsupportedError(f"config: model_type {config.model_type!r} with architectures {config.architectures}, need one that transformers {transformers.__version__} knows; upgrade transformers or give the weights")
+    raise UnsupportedError(
+        f"config: model_type {config.model_type!r} with architectures {config.architectures}, "
+        f"need one that transformers {transformers.__version__} knows; upgrade transformers or give the weights")
 
 def _open_config(path):
     "The Source of a lone config.json: tensors of the model that transformers would build, none of them in memory"
     cfg = _read_json(path, 'a model configuration')
     try: from transformers import AutoConfig
-    except ImportError: raise UnsupportedError(f"{path}: a config without weights, need transformers to know its tensors; pip install transformers") from None
+    except ImportError:
+        raise UnsupportedError(
+            f"{path}: a config without weights, need transformers to know its tensors; pip install transformers") from None
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         with torch.device('meta'): model = _model_class(config)(config)
     except HLWQError: raise
-    except Exception as e: raise ConfigError(f"{path}: transformers builds no model from it ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}), need a valid model configuration; give the weights, or correct the file") from e
+    except Exception as e:
+        raise ConfigError(
+            f"{path}: transformers builds no model from it ({type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}), "
+            "need a valid model configuration; give the weights, or correct the file") from e
     text = config.get_text_config()
     want = str(getattr(config, 'dtype', None) or getattr(text, 'dtype', None) or 'bfloat16').removeprefix('torch.')
     half = dtype_name(getattr(torch, want, torch.bfloat16))
     tensors = {k:TensorInfo(k, half if p.is_floating_point() else dtype_name(p.dtype), tuple(p.shape)) for k,p in model.named_parameters()}
     return Source(path.parent, config.to_dict() | {k:v for k,v in cfg.items() if not isinstance(v, dict)}, tensors)
 
-# %% ../nbs/04a_source.ipynb #487be891
+# %% ../nbs/04a_source.ipynb #a3ea5d8d
 _HUB_FILES = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt', 'LICENSE*', 'README.md', 'tokenizer*', '*.tiktoken']
 
 def _download(repo, revision):
@@ -246,7 +289,9 @@ def _download(repo, revision):
     except (OSError, ValueError) as e: raise _hub_says(repo, e) from e
 
 def _hub_says(repo, e):
-    return ConfigError(f"{repo}: no such folder here, and the hub says {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]}; check the spelling, the network, and hf auth login")
+    return ConfigError(
+        f"{repo}: no such folder here, and the hub says {type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]}; "
+        "check the spelling, the network, and hf auth login")
 
 def _remote_headers(repo, revision):
     "The Source of a hub repository, by its headers alone: a few megabytes, however large the model"
@@ -273,13 +318,18 @@ def open_source(
 
     Raises ConfigError if there is nothing of that name, CheckpointError for anything missing, truncated, inconsistent or unsafe, UnsupportedError for pickle and GGUF."""
     if isinstance(path, Source): return path
-    if not str(path): raise ConfigError("source: an empty path, need a checkpoint folder, a config.json or a hub id such as owner/name; write . for the current folder")
+    if not str(path):
+        raise ConfigError(
+            "source: an empty path, need a checkpoint folder, a config.json or a hub id such as owner/name; write . for the current folder")
     p = Path(path).expanduser()
     if not p.exists():
         if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(path)) and not p.parent.exists():
             if not weights: return _remote_headers(str(path), revision)
             p = _download(str(path), revision)
-        else: raise ConfigError(f"{path}: no such file or folder, need a checkpoint folder, a config.json or a hub id such as owner/name; check the spelling")
+        else:
+            raise ConfigError(
+                f"{path}: no such file or folder, need a checkpoint folder, a config.json or a hub id such as owner/name; "
+                "check the spelling")
     if p.is_file():
         if p.suffix == '.json': return _open_config(p)
         if p.suffix == '.safetensors': return _open_folder(p.parent, p.name)
@@ -287,7 +337,7 @@ def open_source(
     if {o.name for o in p.iterdir()} - {'generation_config.json'} == {'config.json'}: return _open_config(p/'config.json')
     return _open_folder(p)
 
-# %% ../nbs/04a_source.ipynb #67c8877e
+# %% ../nbs/04a_source.ipynb #844696e5
 @patch
 def read(self:Source,
     name:str, # key of the tensor
@@ -299,7 +349,9 @@ def read(self:Source,
     Raises CheckpointError if the file has become shorter, ConfigError for an unknown name or a source without weights."""
     t = self.tensors.get(name)
     if t is None: raise ConfigError(f"{self.path}: no tensor {name!r}, need one of its {len(self.tensors)}; see src.tensors")
-    if t.file is None: raise ConfigError(f"{self.path}: tensor {name!r} is known only from config.json, need the weights to read it; give the whole checkpoint")
+    if t.file is None:
+        raise ConfigError(
+            f"{self.path}: tensor {name!r} is known only from config.json, need the weights to read it; give the whole checkpoint")
     shape,at,rows = t.shape,self.shards[t.file].offsets[name],slice(start, stop)
     if rows != slice(None):
         if not shape: raise ConfigError(f"{name}: a scalar, need rows to choose from; read it without start and stop")
@@ -316,7 +368,10 @@ def _fill(self:Source, file, buffer, at):
     view,done = memoryview(buffer),0
     while done < len(view):                     # one call reads at most 2 GiB on Linux
         n = os.preadv(f.fileno(), [view[done:]], at+done)
-        if not n: raise CheckpointError(f"{self.shards[file].path}: changed while reading, it ends {len(view)-done} bytes too early, need the file as it was opened; start again")
+        if not n:
+            raise CheckpointError(
+                f"{self.shards[file].path}: changed while reading, it ends {len(view)-done} bytes too early, "
+                "need the file as it was opened; start again")
         done += n
 
 @patch
@@ -325,7 +380,7 @@ def close(self:Source):
     for f in self._open.values(): f.close()
     self._open.clear()
 
-# %% ../nbs/04a_source.ipynb #2569a517
+# %% ../nbs/04a_source.ipynb #9abd2bb8
 @patch
 def fingerprint(self:Source) -> dict: # file name -> size in bytes and sha256 of the header
     "Names the weight files as they were when they were opened, as JSON data"
@@ -338,8 +393,12 @@ def check_unchanged(self:Source):
     Raises CheckpointError if one is different or gone."""
     for s in self.shards.values():
         try: st = s.path.stat()
-        except FileNotFoundError: raise CheckpointError(f"{s.path}: gone, need it until the end; changed while reading, start again") from None
-        if (st.st_size, st.st_mtime_ns) != (s.size, s.mtime_ns): raise CheckpointError(f"{s.path}: {st.st_size} bytes of another date, need the {s.size} that were opened; changed while reading, start again")
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{s.path}: gone, need it until the end; changed while reading, start again") from None
+        if (st.st_size, st.st_mtime_ns) != (s.size, s.mtime_ns):
+            raise CheckpointError(
+                f"{s.path}: {st.st_size} bytes of another date, need the {s.size} that were opened; changed while reading, start again")
 
 # %% ../nbs/04a_source.ipynb #c72284fa
 _TELLTALES = (('hlwq', r'__(packed|codes)$'), ('polarquant (legacy)', r'\.ct_scaled$'), ('gptq', r'\.g_idx$'), ('awq', r'\.qweight$'), ('compressed-tensors', r'\.weight_packed$'), ('mxfp4', r'_blocks$'),
