@@ -138,7 +138,7 @@ def _gains(lengths, z, codes, book, free, index):
     projection, energy = tree_sum(z.mul_(free)), tree_sum(free.mul_(free))
     return torch.where(energy > 0, lengths*projection/energy, 0)    # a codebook of one's own may have a centroid at zero
 
-# %% ../nbs/04_quantize.ipynb #dcbc0368
+# %% ../nbs/04_quantize.ipynb #103af8f9
 _CHUNK = 2048                                                  # blocks: 1 MB of float32
 
 def _padded_blocks(
@@ -156,9 +156,11 @@ def _in_threads(f, spans, workers=None):
     "Calls f(start, stop) for each span, on as many threads as torch would use"
     n = min(workers or torch.get_num_threads(), len(spans))
     if n <= 1: return [f(*s) for s in spans]
-    before = torch.get_num_threads()
+    before, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    def run(span):
+        with torch.inference_mode(inference): return f(*span)  # a new thread does not inherit the mode
     try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(lambda s: f(*s), spans))
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(run, spans))
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/04_quantize.ipynb #7eea25db

@@ -362,3 +362,14 @@ def test_no_warnings_on_ordinary_input():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         quantize(matrix((8, 300), 0)).dequantize()
+
+@pytest.mark.parametrize('workers', [1, 2, 3])
+def test_inference_mode_reaches_the_threads(workers):
+    "Threads do not inherit the mode of their creator; the result is the same in and out of it"
+    w, book = torch.randn(512, 1024, generator=torch.Generator().manual_seed(5)), codebook('lloyd-max', 5)
+    want, before = quantize_rows(w, book), torch.get_num_threads()
+    with torch.inference_mode():
+        got = quantize_rows(w, book, workers=workers)
+        back = dequantize_rows(*got, book, 1024, workers=workers)
+    assert all(torch.equal(a, b) for a,b in zip(got, want)) and torch.equal(back, dequantize_rows(*want, book, 1024))
+    assert torch.get_num_threads() == before
