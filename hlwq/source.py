@@ -279,14 +279,14 @@ def _open_config(path):
     tensors = {k:TensorInfo(k, half if p.is_floating_point() else dtype_name(p.dtype), tuple(p.shape)) for k,p in model.named_parameters()}
     return Source(path.parent, config.to_dict() | {k:v for k,v in cfg.items() if not isinstance(v, dict)}, tensors)
 
-# %% ../nbs/04a_source.ipynb #a3ea5d8d
+# %% ../nbs/04a_source.ipynb #33aa864e
 _HUB_FILES = ['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt', 'LICENSE*', 'README.md', 'tokenizer*', '*.tiktoken']
 
 def _download(repo, revision):
     "Fetches the files worth having of a hub repository and returns the folder"
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as e: raise _hub_says(repo, e) from e
+    except Exception as e: raise _hub_says(repo, e) from e        # the network has errors of many libraries
 
 def _hub_says(repo, e):
     return ConfigError(
@@ -298,10 +298,10 @@ def _remote_headers(repo, revision):
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
     try: meta = HfApi().get_safetensors_metadata(repo, revision=revision)
-    except (OSError, ValueError) as e: raise _hub_says(repo, e) from e
+    except Exception as e: raise _hub_says(repo, e) from e        # the network has errors of many libraries
     try: cfg = _read_json(hf_hub_download(repo, 'config.json', revision=revision), 'a model configuration')
     except EntryNotFoundError: cfg = {}
-    except OSError as e: raise _hub_says(repo, e) from e
+    except Exception as e: raise _hub_says(repo, e) from e
     tensors = {}
     for f,m in sorted(meta.files_metadata.items()):
         for k,t in sorted(m.tensors.items(), key=lambda o: o[1].data_offsets[0]):

@@ -268,3 +268,12 @@ def test_offline_plan_of_a_hub_id_says_so(monkeypatch):
     def offline(self, repo, revision=None): raise OSError('no route to host')
     monkeypatch.setattr(huggingface_hub.HfApi, 'get_safetensors_metadata', offline)
     with pytest.raises(ConfigError, match='someone/model: no such folder here, and the hub says OSError: no route'): open_source('someone/model', weights=False)
+
+def test_a_network_error_of_any_kind_becomes_one_line(monkeypatch):
+    import huggingface_hub
+    class ConnectError(Exception): pass                         # httpx raises its own, which is no OSError
+    def offline(*a, **k): raise ConnectError('Name or service not known')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'get_safetensors_metadata', offline)
+    for weights in (True, False):
+        with pytest.raises(ConfigError, match='someone/model: no such folder here, and the hub says ConnectError: Name or service'): open_source('someone/model', weights=weights)
