@@ -62,7 +62,7 @@ def _told(e, path):
     hint = ('free some space, then ' if e.errno in (errno.ENOSPC, errno.EDQUOT) else '') + 'run the same command again: it resumes'
     return OSError(e.errno, f"{os.strerror(e.errno) if e.errno else e} while writing; {hint}", str(path))
 
-# %% ../nbs/06_checkpoint.ipynb #7df16ecd
+# %% ../nbs/06_checkpoint.ipynb #26b41586
 @patch
 def add(self:ShardWriter,
     name:str, # key of the tensor
@@ -77,9 +77,9 @@ def add(self:ShardWriter,
         raise CheckpointError(
             f"{self.path}: {name!r} would begin at byte {self.at}, need a multiple of {item}; write wide dtypes first")
     start = self.at
-    try:
-        for c in chunks: self.at += self.file.write(_as_bytes(c))
-    except OSError as e: raise _told(e, self.tmp) from None
+    for c in chunks:                                           # an error in making a chunk is not one of writing it
+        try: self.at += self.file.write(_as_bytes(c))
+        except OSError as e: raise _told(e, self.tmp) from None
     if self.at - start != size:
         raise CheckpointError(
             f"{self.path}: {name!r} got {self.at-start} bytes, need {size} for {dtype} {tuple(shape)}")
@@ -160,7 +160,7 @@ def write_json(
     os.replace(tmp, path)
     _sync_folder(Path(path).parent)
 
-# %% ../nbs/06_checkpoint.ipynb #4cdcb953
+# %% ../nbs/06_checkpoint.ipynb #a346302e
 class CheckpointWriter:
     """Builds a checkpoint folder that appears under its name only when it is complete.
 
@@ -193,6 +193,8 @@ def _check_out(self:CheckpointWriter):
     if self.out.exists() and not self.overwrite and (not self.out.is_dir() or any(self.out.iterdir())):
         raise FileExistsError(errno.EEXIST, "exists already; use overwrite=True (--overwrite), or a new folder", str(self.out))
     if self.out.exists() and not self.out.is_dir(): raise NotADirectoryError(errno.ENOTDIR, "is a file, need a folder; use another name", str(self.out))
+    if self.out.exists() and any(self.out.iterdir()) and not (self.out/_MANIFEST).exists():
+        raise FileExistsError(errno.EEXIST, f"has no {_MANIFEST}, so hlwq did not make it and will not replace it; use a new folder", str(self.out))
     if self.out.is_mount(): raise OSError(errno.EBUSY, "is a mount point, which no folder can be renamed to; use a folder inside it", str(self.out))
 
 @patch

@@ -6,8 +6,8 @@
 __all__ = ['app', 'Src', 'Dir', 'Out', 'Bits', 'RecipeFile', 'Coverage', 'Book', 'Json', 'Quiet', 'Overwrite', 'parse_size',
            'resume_command', 'main']
 
-# %% ../nbs/90_cli.ipynb #b36f6c3c
-import shlex, sys, tempfile
+# %% ../nbs/90_cli.ipynb #dd614c5a
+import os, shlex, sys, tempfile
 from pathlib import Path
 from typing import Annotated, List, Optional
 
@@ -79,7 +79,7 @@ def _number(text):
         except (TypeError, ValueError): pass
     return text
 
-# %% ../nbs/90_cli.ipynb #043541a6
+# %% ../nbs/90_cli.ipynb #b02ff212
 _RESUMES = {'quantize', 'dequantize'}
 
 def resume_command(
@@ -91,7 +91,7 @@ def resume_command(
 def _interrupted(args):
     again = args and args[0] in _RESUMES
     sys.stderr.write('\nhlwq: interrupted' + ('; what is finished is kept, and this command goes on from there:\n' + resume_command(args) if again else '') + '\n')
-    return 130
+    sys.stderr.flush()
 
 def _failed(e, args):
     "Says in one line what went wrong, and returns the exit code"
@@ -107,12 +107,12 @@ def _failed(e, args):
 
 def _names(): return [c.name for c in app.registered_commands]
 
-# %% ../nbs/90_cli.ipynb #7e31643e
+# %% ../nbs/90_cli.ipynb #d1a008f0
 def main(
     args:list=None, # words after "hlwq", by default those of the process
 ) -> int: # the exit code
     "Runs the hlwq command"
-    args = list(sys.argv[1:] if args is None else args)
+    process, args = args is None, list(sys.argv[1:] if args is None else args)
     with plain_warnings():
         try:
             code = app(args, prog_name='hlwq', standalone_mode=False) or 0
@@ -124,7 +124,10 @@ def main(
         except Exception as e:
             if debugging() and not hasattr(e, 'format_message'): raise
             code = _failed(e, args)
-    return _interrupted(args) if code == 130 else code
+    if code != 130: return code
+    _interrupted(args)
+    if process: os._exit(130)                                  # at once: torch's threads may be in the middle of something
+    return 130
 
 # %% ../nbs/90_cli.ipynb #eef8980b
 @app.command('demo', epilog='Example: hlwq demo --out /tmp/hlwq-demo')
@@ -238,10 +241,12 @@ def _show_matrix(d, screen):
     screen.say(f"norms: {' x '.join(map(str, n['shape']))} {n['dtype']}, from {n['least']:.4g} over {n['median']:.4g} (median) to {n['greatest']:.4g}; {n['zero']} are zero")
     screen.table(('code', 'centroid', 'share, %', 'normal, %', ''), [(str(c['code']), f"{c['centroid']:+.4f}", f"{100*c['share']:.2f}", f"{100*c['expected']:.2f}", '#'*round(40*c['share']/top)) for c in d['codes']])
 
-# %% ../nbs/90_cli.ipynb #d2c0560f
+# %% ../nbs/90_cli.ipynb #2b003bf0
 @app.command('dequantize', epilog='Example: hlwq dequantize path/to/model-Q5 path/to/model-plain')
 def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, typer.Option(metavar='TYPE', help='bfloat16, float16 or float32.')]='bfloat16',
-                overwrite:Overwrite=False, as_json:Json=False, quiet:Quiet=False):
+                overwrite:Overwrite=False,
+                no_resume:Annotated[bool, typer.Option('--no-resume', help='Start over, even if an unfinished OUT.partial could be used.')]=False,
+                as_json:Json=False, quiet:Quiet=False):
     """Turns codes back into ordinary weights, in a new folder that any tool can load.
 
     The folder is as large as the model was before. What quantization has lost stays lost."""
@@ -253,7 +258,8 @@ def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, 
         raise ConfigError(
             f"dtype: {dtype!r}, need one of {', '.join(types)}; bfloat16 is what most models are stored in")
     screen = Screen(as_json, quiet)
-    manifest = dequantize_checkpoint(folder, out, codebook=codebook, dtype=types[dtype], overwrite=overwrite, progress=screen.progress)
+    manifest = dequantize_checkpoint(folder, out, codebook=codebook, dtype=types[dtype], resume=not no_resume,
+                                     overwrite=overwrite, progress=screen.progress)
     screen.say(f"{out}: {human_bytes(_weights(out))} of {dtype} weights, {100*_weights(out)/max(_weights(folder), 1):.0f} % of {folder}")
     screen.result(dict(out=str(out), dtype=dtype, nbytes=_weights(out), files=manifest['files']))
 

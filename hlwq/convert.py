@@ -27,27 +27,29 @@ from .quantize import dequantize_rows, nonfinite_message, quantize_rows, store_n
 from .recipe import make_plan
 from .source import open_source
 
-# %% ../nbs/07_convert.ipynb #d19af477
+# %% ../nbs/07_convert.ipynb #25e9a7bd
 def prefetch(
     items, # an iterator whose steps take time, such as reading
     depth:int=2, # how many to hold ready
 ):
     "Runs an iterator in a thread, some items ahead of its consumer; an error in it is raised here"
     q, stop, end = queue.Queue(depth), threading.Event(), object()
+    # Not a daemon: one that is still in torch's code when Python exits aborts the process. So it must notice the end itself
+    def wanted(): return not stop.is_set() and threading.main_thread().is_alive()
     def put(o):
-        while not stop.is_set():
+        while wanted():
             try: return q.put(o, timeout=.1)
             except queue.Full: pass
     def run():
         try:
             for o in items:
                 put((o, None))
-                if stop.is_set(): return
+                if not wanted(): return
             put((end, None))
         except BaseException as e: put((end, e))
-    t = threading.Thread(target=run, daemon=True)
-    t.start()
+    t = threading.Thread(target=run)
     try:
+        t.start()
         while True:
             o, e = q.get()
             if e: raise e
@@ -55,7 +57,7 @@ def prefetch(
             yield o
     finally:
         stop.set()
-        t.join()
+        if t.ident: t.join()
 
 # %% ../nbs/07_convert.ipynb #63c81baf
 _PIECE = 1 << 22                                               # weights: 16 MB as float32

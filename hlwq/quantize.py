@@ -105,7 +105,7 @@ def _times_two_to(x, exponent):
     for e in (half, exponent - half): x.mul_(((e.int() + 127) << 23).view(torch.float32))    # the bits of 2**e
     return x
 
-# %% ../nbs/04_quantize.ipynb #761358f9
+# %% ../nbs/04_quantize.ipynb #d2e114e3
 def encode_chunk(
     blocks:Tensor, # (n, 128) float32
     book:Codebook, # codebook of the wanted width
@@ -113,7 +113,7 @@ def encode_chunk(
 ) -> tuple: # packed (n, 16*bits) uint8, norms (n,) float32
     "Rotates, rounds and packs some blocks; every step has a fixed order"
     cells, n = make_cells(book, blocks.device), blocks.shape[0]
-    y = torch.empty(BLOCK_SIZE, n, device=blocks.device)
+    y = torch.empty(BLOCK_SIZE, n, dtype=torch.float32, device=blocks.device)
     y.copy_(blocks.t())
     z = torch.empty_like(y)
     squares = tree_sum(torch.mul(y, y, out=z)).clone()
@@ -138,7 +138,7 @@ def _gains(lengths, z, codes, book, free, index):
     projection, energy = tree_sum(z.mul_(free)), tree_sum(free.mul_(free))
     return torch.where(energy > 0, lengths*projection/energy, 0)    # a codebook of one's own may have a centroid at zero
 
-# %% ../nbs/04_quantize.ipynb #103af8f9
+# %% ../nbs/04_quantize.ipynb #2d62e302
 _CHUNK = 2048                                                  # blocks: 1 MB of float32
 
 def _padded_blocks(
@@ -148,7 +148,7 @@ def _padded_blocks(
     "Copies rows to float32 and fills the last block of each with zeros"
     rows, width = w.shape
     if width == n_blocks*BLOCK_SIZE: return w.to(torch.float32).contiguous().view(-1, BLOCK_SIZE)
-    p = torch.zeros(rows, n_blocks*BLOCK_SIZE, device=w.device)
+    p = torch.zeros(rows, n_blocks*BLOCK_SIZE, dtype=torch.float32, device=w.device)
     p[:, :width] = w
     return p.view(-1, BLOCK_SIZE)
 
@@ -163,7 +163,7 @@ def _in_threads(f, spans, workers=None):
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(run, spans))
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/04_quantize.ipynb #7eea25db
+# %% ../nbs/04_quantize.ipynb #672d16ba
 def quantize_rows(
     w:Tensor, # (rows, in_features), any float dtype
     book:Codebook, # codebook of the wanted width
@@ -175,7 +175,7 @@ def quantize_rows(
     Raises NonFiniteError if a weight is NaN or infinite."""
     rows, nb = w.shape[0], ceil(w.shape[1]/BLOCK_SIZE)
     packed = torch.empty(rows, nb, 16*book.bits, dtype=torch.uint8, device=w.device)
-    norms = torch.empty(rows, nb, device=w.device)
+    norms = torch.empty(rows, nb, dtype=torch.float32, device=w.device)
     chunk = _CHUNK if w.device.type == 'cpu' else 64*_CHUNK
     step = max(1, min(ceil(rows/max(1, (workers or torch.get_num_threads()))), ceil(8*chunk/nb)))
     def work(a, b):
@@ -301,11 +301,12 @@ def dequantize(self:QuantizedTensor,
     "Decodes the whole matrix"
     return dequantize_rows(self.packed.view(self.shape[0], -1), self.norms, self.codebook, self.shape[1], dtype)
 
-# %% ../nbs/04_quantize.ipynb #26d3f7c9
+# %% ../nbs/04_quantize.ipynb #0c49c12f
 def _check_matrix(w, name):
     "Raises ConfigError unless w is a 2-D float tensor with something in it"
     if not isinstance(w, Tensor): raise ConfigError(f"{name}: {type(w).__name__}, need a torch tensor; wrap it with torch.as_tensor")
     if w.is_meta: raise ConfigError(f"{name}: on the meta device, need real weights; load them first")
+    if w.layout != torch.strided: raise ConfigError(f"{name}: layout {w.layout}, need a dense tensor; call .to_dense() first")
     if not w.is_floating_point() or w.element_size() < 2:
         raise ConfigError(
             f"{name}: {w.dtype}, need float64, float32, float16 or bfloat16; 8-bit floats must be multiplied by their scale first")
@@ -341,6 +342,7 @@ def quantize(
     if norm not in ('gain', 'l2'): raise ConfigError(f"norm: {norm!r}, need 'gain' or 'l2'; 'gain' has the lower error")
     _check_matrix(w, name)
     book = get_codebook(codebook, bits) if isinstance(codebook, str) else codebook
+    if not isinstance(book, Codebook): raise ConfigError(f"codebook: {type(book).__name__}, need a Codebook or a name; 'lloyd-max' is the default")
     if book.bits != bits: raise ConfigError(f"codebook {book.name!r}: {book.bits} bits, need {bits}")
     try: packed, norms = quantize_rows(w.detach(), book, norm)
     except NonFiniteError: raise NonFiniteError(nonfinite_message(w, name)) from None

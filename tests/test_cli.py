@@ -114,7 +114,10 @@ def test_output_in_the_way(hlwq, q5):
     fails(hlwq('quantize', TINY, 'out'), 'exists already')
     assert Path('out/mine').read_text() == 'keep me'
     fails(hlwq('dequantize', q5, 'out'), 'exists already')
-    assert hlwq('quantize', TINY, 'out', '--overwrite')[0] == 0 and not Path('out/mine').exists()
+    fails(hlwq('quantize', TINY, 'out', '--overwrite'), 'hlwq did not make it')           # only its own work is ever replaced
+    assert Path('out/mine').read_text() == 'keep me'
+    shutil.rmtree('out'); shutil.copytree(q5, 'out')
+    assert hlwq('quantize', TINY, 'out', '--overwrite', '--bits', 4)[0] == 0 and json.loads(Path('out/hlwq_config.json').read_text())['bits'] == 4
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_no_permission(hlwq):
