@@ -373,3 +373,18 @@ def test_inference_mode_reaches_the_threads(workers):
         back = dequantize_rows(*got, book, 1024, workers=workers)
     assert all(torch.equal(a, b) for a,b in zip(got, want)) and torch.equal(back, dequantize_rows(*want, book, 1024))
     assert torch.get_num_threads() == before
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    w = torch.randn(100, 300, generator=torch.Generator().manual_seed(6))
+    want = quantize(w, 5)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        got = quantize(w, 5)
+        assert torch.equal(got.packed, want.packed) and torch.equal(got.dequantize(), want.dequantize())
+    finally: torch.set_default_dtype(before)
+
+def test_sparse_tensors_and_odd_codebooks_are_refused():
+    with pytest.raises(ConfigError, match='to_dense'): quantize(torch.eye(4).to_sparse(), 5)
+    with pytest.raises(ConfigError, match='need a Codebook or a name'): quantize(torch.eye(4), 5, codebook=None)
