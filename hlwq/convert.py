@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Unit', 'prefetch', 'row_spans', 'apply_scale', 'plan_units', 'cut_shards', 'unit_keys', 'unit_spans', 'write_shard',
-           'quantization_config', 'pick_device', 'quantize_checkpoint', 'dequantize_checkpoint']
+           'quantization_config', 'model_card', 'plain_card', 'pick_device', 'quantize_checkpoint',
+           'dequantize_checkpoint']
 
 # %% ../nbs/07_convert.ipynb #c9d71040
-import errno, hashlib, json, os, queue, threading, time
+import errno, hashlib, json, os, queue, re, threading, time
 from collections import namedtuple
 from contextlib import contextmanager
 from math import ceil, prod
@@ -257,6 +258,34 @@ def quantization_config(
         kept={r.name: r.rule for r in plan.rows if r.action == 'keep'}, dropped={r.name: r.rule for r in plan.rows if r.action == 'drop'})
     return res
 
+# %% ../nbs/07_convert.ipynb #8f3b7b95
+_NOTE = ('<!-- hlwq: begin -->', '<!-- hlwq: end -->')
+_CARD = """This model is quantized with [hlwq](https://github.com/hlwq/hlwq), at {bits} bits a weight. Import it before loading:
+
+```python
+import hlwq                                       # first: it tells transformers what `quant_method: hlwq` means
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER OR REPOSITORY")
+```
+
+Without that line transformers warns of an "unknown quantization type" and of weights that are "newly initialized", and then **answers from random weights**. If you see either of the two, `import hlwq` is missing. `hlwq.load_model(...)` does the same and raises instead of warning; `hlwq verify FOLDER` checks the files."""
+
+def model_card(
+    card:str, # README.md of the original, or None
+    settings:dict, # from quantization_config
+) -> str: # README.md
+    "Puts a note on how to load the model in front of its card, behind the YAML header if there is one"
+    card = plain_card(card or '')
+    head = re.match(r'---\n.*?\n---\n', card, re.S)
+    note = '\n'.join([_NOTE[0], _CARD.format(bits=settings.get('bits')), _NOTE[1]])
+    return (head[0] if head else '') + note + '\n' + card[head.end() if head else 0:]
+
+def plain_card(
+    card:str, # README.md
+) -> str: # the same without the note
+    "Takes the note out again"
+    return re.sub(f"{_NOTE[0]}.*?{_NOTE[1]}\n", '', card, flags=re.S)
+
 # %% ../nbs/07_convert.ipynb #e5e11480
 def _check_paths(src, out):
     "Raises ConfigError if writing to `out` could harm the source"
@@ -335,12 +364,16 @@ def _digests(plan, source):
     def digest(o): return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:16]
     return dict(recipe=digest([[r.name, r.action, r.bits, r.transposed] for r in plan.rows]), source=digest(source.fingerprint()), config=digest(source.config))
 
-_OURS = ('config.json', 'hlwq_config.json', 'polar_config.json', 'hlwq_manifest.json', 'journal.jsonl', 'lock')     # never copied from a source
+_OURS = ('README.md', 'config.json', 'hlwq_config.json', 'polar_config.json', 'hlwq_manifest.json', 'journal.jsonl', 'lock')     # never copied from a source
+
+def _card_of(source):
+    path = source.path/'README.md'
+    return path.read_text(encoding='utf-8', errors='replace') if path.is_file() else None
 
 def _finish(cw, source, plan, shards, qc):
     "Writes configs, index, copies and manifest"
     keys = {k:n for n,g in shards.items() for u in g for k in unit_keys(u)}
-    files = {'hlwq_config.json': qc}
+    files = {'hlwq_config.json': qc, 'README.md': model_card(_card_of(source), qc)}
     if source.config: files['config.json'] = {**{k:v for k,v in source.config.items() if k != 'quantization_config'}, 'quantization_config': qc}
     size = sum(t.nbytes for n in shards for t in open_source(cw.stage/n).tensors.values())
     copies = [source.path/n for n in source.other_files if n not in files and n not in _OURS]
@@ -405,7 +438,9 @@ def dequantize_checkpoint(
                 cw.finish_shard(shard)
             config = {k:v for k,v in r.source.config.items() if k != 'quantization_config'}
             copies = [r.path/n for n in r.source.other_files if n not in _OURS]
-            return cw.finish({k:n for n,g in shards.items() for k,*_ in g}, {'config.json': config} if config else {}, copies, total_size=total)
+            files, card = {'config.json': config} if config else {}, plain_card(_card_of(r.source) or '')
+            if card: files['README.md'] = card
+            return cw.finish({k:n for n,g in shards.items() for k,*_ in g}, files, copies, total_size=total)
 
 def _cut_plain(units, limit):
     "Fills shards of a plain checkpoint one after the other"

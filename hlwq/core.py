@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK_SIZE', 'BITS', 'DTYPES', 'FLOATS', 'FP8', 'HLWQError', 'ConfigError', 'CheckpointError', 'NonFiniteError',
-           'UnsupportedError', 'ResumeError', 'listing', 'HLWQWarning', 'warn_once', 'check_bits', 'dtype_name',
-           'TensorInfo', 'human_bytes', 'asset_path']
+           'UnsupportedError', 'ResumeError', 'listing', 'HLWQWarning', 'HLWQPerformanceWarning', 'warn_once',
+           'check_bits', 'dtype_name', 'TensorInfo', 'human_bytes', 'asset_path']
 
 # %% ../nbs/00_core.ipynb #6f6349ea
 import warnings
@@ -49,6 +49,9 @@ def listing(
 # %% ../nbs/00_core.ipynb #e9007479
 class HLWQWarning(UserWarning):
     "Something works, but not the way the caller would expect"
+
+class HLWQPerformanceWarning(HLWQWarning):
+    "Something works, but slower or with more memory than it could"
 
 @lru_cache(maxsize=None)
 def warn_once(

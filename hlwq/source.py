@@ -357,7 +357,7 @@ def read(self:Source,
         if not shape: raise ConfigError(f"{name}: a scalar, need rows to choose from; read it without start and stop")
         lo,hi,_ = rows.indices(shape[0])
         at,shape = at + lo*prod(shape[1:])*t.itemsize,(max(hi-lo, 0), *shape[1:])
-    out = torch.empty(prod(shape)*t.itemsize, dtype=torch.uint8)
+    out = torch.empty(prod(shape)*t.itemsize, dtype=torch.uint8, device='cpu')     # also where somebody builds a model on another device
     self._fill(t.file, out.numpy(), at)
     return out.view(DTYPES[t.dtype]).reshape(shape)
 
