@@ -4,11 +4,13 @@ __version__ = "0.1.0"
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
+from warnings import warn
 
 # Public names by the module that defines them. Nothing is imported until a name is used, so `import hlwq` costs next to nothing
 _modules = dict(
-    core='HLWQError ConfigError CheckpointError NonFiniteError UnsupportedError ResumeError HLWQWarning',
+    core='HLWQError ConfigError CheckpointError NonFiniteError UnsupportedError ResumeError HLWQWarning HLWQPerformanceWarning',
     hadamard='fwht hadamard_matrix',
     lloyd_max='lloyd_max Codebook codebook',
     packing='pack_codes unpack_codes packed_nbytes',
@@ -17,6 +19,11 @@ _modules = dict(
     recipe='Recipe Rule default_recipe make_plan Plan',
     checkpoint='CheckpointReader CheckpointWriter verify_checkpoint',
     convert='quantize_checkpoint dequantize_checkpoint',
+    linear='HLWQLinear',
+    experts='HLWQExperts',
+    packed_model='hlwq_report',
+    hf='HLWQConfig HLWQQuantizer',
+    load='load_model',
     evaluate='perplexity kl_divergence compare',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}
@@ -39,3 +46,26 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
 sys.modules[__name__].__class__ = _Package
+
+class _WhenImported:
+    # transformers must know the method before it loads a model, and importing it takes seconds. So registration waits for
+    # the moment when somebody else imports it: this finder steps in front of the import of one module, lets it run, and registers.
+    name = 'transformers.quantizers.auto'
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name: return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            try: import_module('hlwq.hf')
+            except ImportError as e: warn(f"hlwq: this version of transformers cannot load its models ({e}), need 5.16 or newer; pip install -U transformers", stacklevel=2)
+        spec.loader.exec_module = exec_module
+        return spec
+
+def _register():
+    if _WhenImported.name in sys.modules: import_module('hlwq.hf')
+    elif not any(type(o).__name__ == '_WhenImported' for o in sys.meta_path): sys.meta_path.insert(0, _WhenImported())
+
+_register()

@@ -1,7 +1,8 @@
-"What the tests of conversion share: small checkpoints, hashes of folders, and a decoder that knows only docs of the format"
-import hashlib,json,os,re,struct
+"What the tests of conversion share: small checkpoints, hashes of folders, a decoder that knows only docs of the format, small models"
+import hashlib,json,os,re,shutil,struct,tempfile
 from pathlib import Path
 import numpy as np,torch
+from safetensors import safe_open
 from safetensors.torch import load_file,save_file
 
 L = 'model.layers.0.'
@@ -103,3 +104,84 @@ def decoded(folder, key):
 def complete(message):
     "Whether an error says what, what was found, what is needed and what to do: 'object: found, need required; next step'"
     return re.search(r'^[^:]+: .+(, need |: |; ).+; \S', str(message), re.S) is not None and ', need ' in str(message)
+
+# --- small models, as transformers makes them
+
+SIZES = dict(vocab_size=64, hidden_size=128, intermediate_size=136, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128,
+    tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=72)
+SMALL = dict(                                                  # name -> model_type, sizes that differ; widths that are no multiple of 128 wherever the model allows it
+    llama=('llama', dict(hidden_size=144, intermediate_size=200, head_dim=36)),
+    qwen3_moe=('qwen3_moe', EXPERTS), mixtral=('mixtral', EXPERTS),
+    gpt_oss=('gpt_oss', EXPERTS | dict(intermediate_size=128, layer_types=['full_attention']*2)),
+    gpt2=('gpt2', dict(n_embd=144, n_layer=2, n_head=4, n_positions=128, tie_word_embeddings=True)),
+    no_gate=('nemotron_h', EXPERTS | dict(layers_block_type=['moe', 'attention', 'moe'], moe_shared_expert_intermediate_size=80, n_group=1, topk_group=1)))
+MADE = tempfile.TemporaryDirectory(prefix='hlwq-models-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) and shutil.disk_usage('/dev/shm').free > 1e9 else None)
+
+def small_config(name, **sizes):
+    from transformers import AutoConfig
+    kind,own = SMALL[name]
+    return AutoConfig.for_model(kind, **{**SIZES, **own, **sizes})
+
+def write_small(name, folder, dtype=torch.float32, seed=0, save=None, cls=None, **sizes):
+    "Writes a small model with random weights, biases and norms included; `save` goes to save_pretrained"
+    from transformers import AutoModelForCausalLM
+    config,g = small_config(name, **sizes),torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+    with torch.no_grad():
+        for n,p in model.named_parameters(): p.copy_(torch.randn(p.shape, generator=g)*(.1 if p.ndim < 2 else .2) + (1 if p.ndim < 2 and n.endswith('weight') else 0))
+    model.to(dtype).save_pretrained(folder, **(save or {}))
+    return Path(folder)
+
+def made(what, make):
+    "A folder that tests share and must not change, made the first time it is asked for"
+    path = Path(MADE.name)/what
+    if not path.exists(): make(path)
+    return path
+
+def original(name):
+    "Folder of a small model in float32, or of the embedded one"
+    from hlwq.core import asset_path
+    return asset_path(name) if name.startswith('tiny-') else made(name, lambda d: write_small(name, d))
+
+def quantized(name, bits=5):
+    "Folder of the same, as quantize_checkpoint writes it"
+    from hlwq.convert import quantize_checkpoint
+    return made(f'{name}-q{bits}', lambda d: quantize_checkpoint(original(name), d, bits=bits, progress=False))
+
+def decoded_twin(name, bits=5):
+    "Folder of what that stands for, in float32"
+    from hlwq.convert import dequantize_checkpoint
+    return made(f'{name}-d{bits}', lambda d: dequantize_checkpoint(quantized(name, bits), d, dtype=torch.float32, progress=False))
+
+def some_ids(model, n=9, batch=2, seed=1): return torch.randint(3, model.config.get_text_config().vocab_size, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+@torch.no_grad()
+def logits(model, ids=None, **kw): return model(some_ids(model) if ids is None else ids, **kw).logits
+
+def gap(a, b):
+    "Relative error of a against b"
+    return ((a.double()-b.double()).norm()/b.double().norm()).item()
+
+def same_tensors(a, b):
+    "Asserts that two folders hold the same tensors, bit by bit"
+    a,b = tensors_of(a),tensors_of(b)
+    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:8]
+    bad = [k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k].view(torch.uint8) if a[k].ndim else a[k], b[k].view(torch.uint8) if b[k].ndim else b[k])]
+    assert not bad, bad[:8]
+
+def altered(folder, out, change=None, config=None, n_shards=1, manifest=True):
+    "A copy of a quantized folder with its tensors changed by one function and its quantization_config, or config, by another"
+    folder,out = Path(folder),Path(out)
+    cfg,tensors = json.loads((folder/'config.json').read_text()),tensors_of(folder)
+    with safe_open(next(folder.glob('*.safetensors')), 'pt') as f: metadata = f.metadata()
+    if change: change(tensors)
+    if config: config(cfg)
+    write_model(out, tensors, n_shards, config=cfg, extra=False)
+    for p in out.glob('*.safetensors'): save_file(load_file(p), p, metadata=metadata)
+    if manifest: write_manifest(out)
+    return out
+
+def write_manifest(folder):
+    files = {p.name:dict(size=p.stat().st_size, sha256=hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(Path(folder).iterdir()) if p.name != 'hlwq_manifest.json'}
+    (Path(folder)/'hlwq_manifest.json').write_text(json.dumps(dict(format='hlwq_manifest', format_version=1, files=files, skipped=[])))

@@ -11,19 +11,25 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     lloyd_max='core',
     packing='core',
     quantize='core hadamard lloyd_max packing',
+    **{'kernels.cpu':'core hadamard packing'},
     source='core',
     recipe='core packing source',
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core lloyd_max quantize source recipe checkpoint',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
+    linear='core hadamard kernels.cpu lloyd_max packing quantize',
+    experts='core hadamard kernels.cpu linear lloyd_max quantize',
+    packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
+    hf='core checkpoint convert linear lloyd_max packed_model quantize recipe source',
+    load='core checkpoint hf linear packed_model',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen',
     cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen demo inspection',
 ).items()}
 
-LAZY = {'transformers','matplotlib','triton'}   # heavy or optional: imported inside the function that needs them
-USERS = {'evaluate','demo','cli'}               # what runs a model or draws it may use transformers and matplotlib as it likes
+LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
+USERS = {'evaluate','demo','cli','hf','load'}               # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
     "The full names that one import statement of `hlwq.<name>` reaches: a `from` gives module and names apart"
@@ -35,7 +41,9 @@ def absolute(node, name):
 def target(mod, attr):
     "The module of the package that an import reaches, None if it is another package's"
     if mod.split('.')[0] != 'hlwq': return None
-    if mod != 'hlwq': return mod.removeprefix('hlwq.')
+    if mod != 'hlwq':
+        mod = mod.removeprefix('hlwq.')
+        return f'{mod}.{attr}' if f'{mod}.{attr}' in modules() else mod     # `from hlwq.kernels import cpu` names a module
     if attr in modules(): return attr
     return hlwq._homes.get(attr, '' if attr == '__version__' else 'hlwq')
 
@@ -82,7 +90,7 @@ BLOCK = '''
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('transformers','matplotlib','triton'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
+        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
 sys.meta_path.insert(0, Blocked())
 '''
 
