@@ -4,6 +4,7 @@ WORKERS ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+OLDEST  := .oldest
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test docs clean $(VENV)
@@ -25,18 +26,27 @@ $(READY): constraints.txt settings.ini setup.py
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The oldest transformers that is supported, on top of everything else from the environment
+$(OLDEST)/.ready: tests/oldest.txt $(READY)
+	@echo '== .oldest: the oldest transformers that is supported, beside the environment'
+	@rm -rf $(OLDEST)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(OLDEST) -r tests/oldest.txt
+	@touch $@
+
 demo: $(READY)
 	@$(BIN)/hlwq demo
 
 # Notebooks run side by side, with one thread each; pytest comes last, so that its count is the last line
 test: export TRITON_INTERPRET = 1
-test: $(READY)
+test: $(READY) $(OLDEST)/.ready
 	@echo '== notebooks: exported and clean'
 	@$(BIN)/python tools/check.py
 	@echo '== site'
 	@$(BIN)/python tools/docs.py check site
 	@echo '== notebooks: every cell'
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	@echo '== tests of packed models, with the oldest transformers'
+	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_load_model.py -q
 	@echo '== tests'
 	@$(BIN)/python -m pytest tests -q
 

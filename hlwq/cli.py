@@ -7,7 +7,7 @@ __all__ = ['app', 'Src', 'Dir', 'Out', 'Bits', 'RecipeFile', 'Coverage', 'Book',
            'resume_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #dd614c5a
-import os, shlex, sys, tempfile
+import os, shlex, sys
 from pathlib import Path
 from typing import Annotated, List, Optional
 
@@ -272,12 +272,13 @@ def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='
           codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto', as_json:Json=False, quiet:Quiet=False):
     """Compares a quantized model with the original: perplexity, KL divergence, agreement on the next token.
 
-    Needs transformers, disk space for the ordinary weights in the temporary folder, and memory for both models."""
+    The quantized model runs as it is, on packed weights. Needs memory for both models."""
     from hlwq.checkpoint import CheckpointReader
-    from hlwq.convert import dequantize_checkpoint, pick_device
+    from hlwq.convert import pick_device
     from hlwq.core import ConfigError
     from hlwq.demo import load_plain, load_tokenizer
     from hlwq.evaluate import compare
+    from hlwq.load import load_model
     from hlwq.source import open_source
     screen, source, place = Screen(as_json, quiet), open_source(against), pick_device(device)
     if source.quant_method == 'hlwq':
@@ -285,10 +286,9 @@ def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='
             f"{against}: quantized itself, need the model before that; name the original with --against")
     with CheckpointReader(folder, codebook): pass              # a wrong folder should be noticed before anything slow
     tokens = _read_texts(text, load_tokenizer(source.path), max_tokens)
-    with tempfile.TemporaryDirectory(prefix='hlwq-eval-') as d:
-        screen.remark(f'turning codes back into weights in {d}, which is removed afterwards; TMPDIR chooses another place')
-        dequantize_checkpoint(folder, Path(d)/'plain', codebook=codebook, progress=screen.progress)
-        with stage(screen, 'loading both models'): before, after = load_plain(source.path, place), load_plain(Path(d)/'plain', place)
+    with stage(screen, 'loading both models'):
+        before = load_plain(source.path, place)
+        after = load_model(folder, device_map={'': place}, dtype=before.dtype, codebook=codebook)
     c = compare(before, after, tokens, window=window, progress=screen.progress)
     _show_comparison(c, screen, _weights(source.path), _weights(folder))
     screen.result(dict(path=str(folder), against=str(against), text=list(text), window=window, **c.to_json()))
@@ -308,3 +308,36 @@ def _show_comparison(c, screen, before, after):
     screen.table(('', 'weights', 'perplexity', 'ratio', 'KL, nats/token', 'same top-1, %'), [('original', human_bytes(before), str(c.ppl_a), '1', '0', '100'),
                  ('quantized', human_bytes(after), str(c.ppl_b), str(c.ratio), str(c.kl), f'{100*c.top1:.2f} ± {100*c.top1.error:.2f}')])
     screen.say(f'{c.n_tokens:,} tokens in {c.n_windows} windows; ± is one standard error. Ratio, KL and top-1 compare the same text, so their errors are small.')
+
+# %% ../nbs/90_cli.ipynb #4343f602
+@app.command('generate', epilog='Example: hlwq generate path/to/model-Q5 --prompt "It was a dark and stormy night;"')
+def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar='TEXT', help='Where to begin.', show_default=False)],
+              max_new_tokens:Annotated[int, typer.Option(metavar='N', help='Tokens to add, at most.')]=128,
+              temperature:Annotated[float, typer.Option(metavar='T', help='0 for the most probable token each time; higher for more surprise.')]=0.,
+              chat:Annotated[bool, typer.Option('--chat', help='Put the prompt into the chat template of the model.')]=False,
+              seed:Annotated[int, typer.Option(metavar='N', help='Same seed, same text.')]=0,
+              codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto', as_json:Json=False, quiet:Quiet=False):
+    """Continues a text with a quantized model, on packed weights.
+
+    Prints the text as it comes; tokens a second go to the standard error."""
+    import time, torch, transformers
+    from hlwq.convert import pick_device
+    from hlwq.core import ConfigError
+    from hlwq.demo import load_tokenizer, silence
+    from hlwq.load import load_model
+    if max_new_tokens < 1: raise ConfigError(f"max-new-tokens: {max_new_tokens}, need at least 1; leave it out for 128")
+    if temperature < 0: raise ConfigError(f"temperature: {temperature}, need 0 or more; 0 takes the most probable token")
+    screen, place = Screen(as_json, quiet), pick_device(device)
+    silence()
+    with stage(screen, 'loading'): tokenizer, model = load_tokenizer(folder), load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto')
+    if chat and not tokenizer.chat_template: raise ConfigError(f"{folder}: no chat template, need one for --chat; leave --chat out")
+    text = tokenizer.apply_chat_template([dict(role='user', content=prompt)], tokenize=False, add_generation_prompt=True) if chat else prompt
+    ids = tokenizer(text, return_tensors='pt', add_special_tokens=not chat).to(model.device)
+    how = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    out = model.generate(**ids, **how, max_new_tokens=max_new_tokens, streamer=None if as_json or quiet else transformers.TextStreamer(tokenizer, skip_special_tokens=True),
+                         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    n, seconds = out.shape[1] - ids['input_ids'].shape[1], time.perf_counter() - start
+    screen.remark(f'{n} tokens in {seconds:.1f} s, {n/seconds:.1f} a second; {", ".join(model.hlwq_report().backends)}')
+    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, -n:], skip_special_tokens=True), tokens=n, seconds=seconds, tokens_per_second=n/seconds))

@@ -153,7 +153,7 @@ def plan_model(
         targets.append(Target(row.name, row.matrix_shape, get_codebook(config.codebook_name, row.bits), row.shape[0] if len(row.shape) == 3 else None, row.transposed))
     return plan, targets
 
-# %% ../nbs/22_transformers.ipynb #5aca117d
+# %% ../nbs/22_transformers.ipynb #4bddd435
 class _Nothing(ConversionOps):
     "A place holder: converters must have an operation"
     def convert(self, value, *args, **kwargs): return value
@@ -177,7 +177,9 @@ class PackedKeys(WeightConverter):
             self.triggers[key] = param
 
     def __deepcopy__(self, memo):                              # the loader copies a converter for each parameter
-        new = copy.copy(self)
+        new = object.__new__(PackedKeys)
+        new.__dict__.update(self.__dict__)
+        for name in {n for c in PackedKeys.__mro__ for n in getattr(c, '__slots__', ()) if hasattr(self, n)}: object.__setattr__(new, name, getattr(self, name))
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
         return new
 

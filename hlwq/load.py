@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import transformers
 
-# %% ../nbs/22a_load.ipynb #382d9a87
+# %% ../nbs/22a_load.ipynb #c0fa54b2
 from .core import CheckpointError, ConfigError, UnsupportedError, human_bytes, listing
 from .checkpoint import CheckpointReader, verify_checkpoint
-from .hf import OPENED, register
+from .hf import OPENED
 from .linear import HLWQLinear, compiled
 from .packed_model import packed_parts
 
@@ -78,7 +78,7 @@ def model_class(
     found = [getattr(transformers, n, None) for n in getattr(config, 'architectures', None) or ()]
     return next((c for c in found if isinstance(c, type)), transformers.AutoModelForCausalLM)
 
-# %% ../nbs/22a_load.ipynb #375709a7
+# %% ../nbs/22a_load.ipynb #529088ac
 def _best_map(device_map, nbytes):
     if device_map != 'auto': return device_map
     if not torch.cuda.is_available(): return None
@@ -103,7 +103,6 @@ def load_model(
     """Loads a quantized model for use, on packed weights.
 
     Raises CheckpointError for files that are damaged, missing, or not those of the model; ConfigError and UnsupportedError for requests that cannot be met. Nothing is filled with random numbers."""
-    register()
     with CheckpointReader(path, codebook) as reader:
         _verify(reader.path, verify)
         token = OPENED.set(reader)

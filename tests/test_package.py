@@ -84,7 +84,7 @@ print(bare, time.perf_counter()-t, early or sorted({{'transformers','matplotlib'
 def test_wheel_holds_the_assets(tmp_path):
     "Built from a copy, so that the tree stays clean"
     src = tmp_path/'src'
-    keep_out = shutil.ignore_patterns('.venv','.git','_docs','_proc','_site_src','hlwq-demo','build','dist','__pycache__','*.egg-info','*.partial')
+    keep_out = shutil.ignore_patterns('.venv','.oldest','.git','_docs','_proc','_site_src','hlwq-demo','build','dist','__pycache__','*.egg-info','*.partial')
     shutil.copytree(ROOT, src, ignore=keep_out)
     r = subprocess.run([sys.executable,'-m','pip','wheel','-q','.','--no-deps','--no-build-isolation','-w',str(tmp_path)],
                        cwd=src, capture_output=True, text=True, env={**os.environ,'PIP_DISABLE_PIP_VERSION_CHECK':'1'})
