@@ -10,7 +10,7 @@ from hlwq import recipe
 from hlwq.core import ConfigError,asset_path
 
 TINY = asset_path('tiny-moe-10m')
-COMMANDS = 'demo plan quantize verify inspect dequantize eval'.split()
+COMMANDS = 'demo plan quantize verify inspect dequantize eval generate'.split()
 
 @pytest.fixture(scope='module')
 def q5(tmp_path_factory):
@@ -161,6 +161,14 @@ def test_inspect_shows_one_matrix(hlwq, q5):
     code,out,_ = hlwq('inspect', q5, 'model.layers.3.self_attn.q_proj.weight')
     assert code == 0 and '512 x 256 at 5 bits' in out and len([l for l in out.splitlines() if l.rstrip().endswith('#')]) >= 30
     fails(hlwq('inspect', q5, 'self_attn.q_proj'), 'did you mean model.layers.3.self_attn.q_proj.weight')
+
+def test_generate(hlwq, q5):
+    "The text as it comes, or JSON with the speed; greedy is repeatable"
+    a,b = (json.loads(hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--json')[1]) for _ in range(2))
+    assert a['text'] == b['text'] and a['tokens'] == 8 and a['tokens_per_second'] > 0
+    assert hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8')[1].strip() == ('In the beginning' + a['text']).strip()
+    for extra,said in ((('--temperature','-1'), 'temperature: -1'), (('--max-new-tokens','0'), 'need at least 1')): fails(hlwq('generate', q5, '--prompt', 'x', *extra), said)
+    fails(hlwq('generate', TINY, '--prompt', 'x'), 'no HLWQ codes')
 
 def test_eval_needs_what_it_names(hlwq, q5):
     fails(hlwq('eval', q5, '--against', TINY, '--text', 'none.txt'), 'none.txt: no such file')

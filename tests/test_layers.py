@@ -24,8 +24,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     load='core checkpoint hf linear packed_model',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
-    demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert evaluate screen demo inspection',
+    demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen demo inspection',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
