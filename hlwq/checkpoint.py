@@ -334,7 +334,7 @@ def finish(self:CheckpointWriter,
     for p in copies: self.copy(p)
     for n, obj in files.items(): (write_text if isinstance(obj, str) else write_json)(self.stage/n, obj)
     write_json(self.stage/'model.safetensors.index.json', dict(metadata=dict(total_size=total_size), weight_map=dict(sorted(keys.items()))))
-    small = [o.name for o in self.stage.iterdir() if o.name not in self.done and o.name not in (_JOURNAL, _LOCK)]
+    small = [o.name for o in self.stage.iterdir() if o.name not in self.done and o.name not in (_JOURNAL, _LOCK, 'README.md')]     # a card is for people, who change it
     sums = {**self.done, **{n: dict(size=(self.stage/n).stat().st_size, sha256=file_sha256(self.stage/n)) for n in small}}
     manifest = dict(format='hlwq_manifest', format_version=_FORMAT, tool=f'hlwq {__version__}', files=dict(sorted(sums.items())), skipped=sorted(skipped))
     write_json(self.stage/_MANIFEST, manifest)

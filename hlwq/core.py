@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK_SIZE', 'BITS', 'DTYPES', 'FLOATS', 'FP8', 'HLWQError', 'ConfigError', 'CheckpointError', 'NonFiniteError',
            'UnsupportedError', 'ResumeError', 'listing', 'HLWQWarning', 'HLWQPerformanceWarning', 'warn_once',
-           'check_bits', 'dtype_name', 'TensorInfo', 'human_bytes', 'asset_path']
+           'check_bits', 'dtype_name', 'TensorInfo', 'human_bytes', 'parse_size', 'asset_path']
 
 # %% ../nbs/00_core.ipynb #6f6349ea
 import warnings
@@ -119,6 +119,22 @@ def human_bytes(
         n /= 1000
     else: unit = 'TB'
     return f'{n:.0f} B' if unit == 'B' else f'{n:.2f} {unit}'
+
+# %% ../nbs/00_core.ipynb #1fc89bdc
+_UNITS = dict(B=1, KB=10**3, MB=10**6, GB=10**9, TB=10**12, KIB=2**10, MIB=2**20, GIB=2**30, TIB=2**40)
+
+def parse_size(
+    text:str, # such as "5GB", "500 MB", "2GiB" or "5000000000"
+) -> int: # bytes
+    """Reads a size as people write it.
+
+    Raises ConfigError for anything else."""
+    number = str(text).strip().upper().replace('_', '').rstrip('KMGTIB ')
+    unit = str(text).strip().upper().replace('_', '')[len(number):].strip() or 'B'
+    try: n = int(float(number)*_UNITS[unit])
+    except (ValueError, KeyError, OverflowError): n = 0
+    if n < 1: raise ConfigError(f"size: {text!r}, need a number with a unit, such as 5GB or 500MB; a number alone counts bytes")
+    return n
 
 # %% ../nbs/00_core.ipynb #bfe1c26f
 def asset_path(

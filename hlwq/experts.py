@@ -14,12 +14,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/21_experts.ipynb #6d9b1798
-from .core import BLOCK_SIZE, UnsupportedError
+# %% ../nbs/21_experts.ipynb #9309e40a
+from .core import BLOCK_SIZE, ConfigError, UnsupportedError
 from .hadamard import fwht
 from .kernels import cpu
 from .kernels.cpu import packed_matmul_experts_ref, rotate_ref
-from .linear import _INT_OF, bits_norm, book_key, book_on, compiled, dense_rows, norm_bits, rotate_fast, row_blocks
+from .linear import _INT_OF, bits_norm, book_key, book_on, check_operands, compiled, dense_rows, norm_bits, rotate_fast, row_blocks
 from .lloyd_max import Codebook
 from .quantize import QuantizedTensor, dequantize_rows
 
@@ -88,7 +88,7 @@ def _batched(xr, rows, ids, packed, norms, book):
 
 WAYS = dict(eager=_eager, grouped_mm=_grouped, batched_mm=_batched)
 
-# %% ../nbs/21_experts.ipynb #4bae1e93
+# %% ../nbs/21_experts.ipynb #ee70652a
 def packed_expert_linear(
     x:Tensor, # (T, in_features) activations
     rows:Tensor, # (S,) int64, the activation of each pair
@@ -99,8 +99,11 @@ def packed_expert_linear(
     way:str='grouped_mm', # "eager", "grouped_mm" or "batched_mm"
 ) -> Tensor: # (S, out_features), dtype of x
     "Multiplies activations with the experts that they are routed to; no gradient flows"
+    check_operands(x, packed, norms.shape[-1])
     if not len(ids): return x.new_empty(0, packed.shape[1])
-    xr = rotate_fast(x)
+    if x.device.type == 'cpu' and not (0 <= int(ids.min()) and int(ids.max()) < len(packed)):      # a GPU would have to be waited for
+        raise ConfigError(f"experts: numbers from {int(ids.min())} to {int(ids.max())}, need 0 to {len(packed)-1}; check the router")
+    xr, ids = rotate_fast(x), ids.long().contiguous()
     if x.device.type != 'cpu': xr = xr.to(x.dtype)
     if compiled(x.device) and len(ids) <= 4*cpu.GEMV_MAX_ROWS: way = 'batched_mm'
     return WAYS[way](xr, rows, ids, packed, norms, book).to(x.dtype)
@@ -149,7 +152,7 @@ def expert_linear(
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()): return _expert_linear(x, rows, ids, packed, bits, book, way)
     return packed_expert_linear(x, rows, ids, packed, bits_norm(bits), book_on(book, x.device), way)
 
-# %% ../nbs/21_experts.ipynb #f68db88f
+# %% ../nbs/21_experts.ipynb #bf99c2aa
 class PackedStack(nn.Module):
     "Holds the packed matrices of all experts, one after the other"
     def __init__(self,
@@ -161,7 +164,7 @@ class PackedStack(nn.Module):
         norms_dtype:torch.dtype=torch.float16, # float16 or float32
     ):
         super().__init__()
-        self.n_experts, self.out_features, self.in_features, self.book = n_experts, out_features, in_features, book
+        self.n_experts, self.out_features, self.in_features, self.book, self.key = n_experts, out_features, in_features, book, book_key(book)
         nb = ceil(in_features/BLOCK_SIZE)
         self.packed = nn.Parameter(torch.empty(n_experts, out_features, nb*16*book.bits, dtype=torch.uint8, device=device), requires_grad=False)
         self.norm_bits = nn.Parameter(torch.empty(n_experts, out_features, nb, dtype=_INT_OF[norms_dtype], device=device), requires_grad=False)
@@ -174,12 +177,8 @@ class PackedStack(nn.Module):
     def n_blocks(self): return self.norm_bits.shape[-1]
     @property
     def nbytes(self): return self.packed.nbytes + self.norm_bits.nbytes
-    @property
-    def key(self):
-        if '_key' not in self.__dict__: self.__dict__['_key'] = book_key(self.book)
-        return self.__dict__['_key']
     def extra_repr(self): return f'{self.n_experts} x ({self.out_features}, {self.in_features}), bits={self.bits}, codebook={self.book.name!r}'
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_key'}
+    def __setstate__(self, state): super().__setstate__(state); book_key(self.book)            # another process has not seen it
 
 @patch
 def expert(self:PackedStack,
@@ -197,7 +196,10 @@ def dequantize(self:PackedStack,
     return w.view(self.n_experts, self.out_features, -1)
 
 @patch
-def forward(self:PackedStack, x, rows, ids, way='grouped_mm'): return expert_linear(x, rows, ids, self.packed, self.norm_bits, self.key, way)
+def forward(self:PackedStack, x, rows, ids, way='grouped_mm'):
+    if self.packed.is_meta: raise UnsupportedError("PackedStack: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
+    if x.shape[-1] != self.in_features: raise ConfigError(f"experts: activations of width {x.shape[-1]}, need {self.in_features}; check what comes before them")
+    return expert_linear(x, rows, ids, self.packed, self.norm_bits, self.key, way)
 
 @patch(cls_method=True)
 def from_quantized(cls:PackedStack,
@@ -211,12 +213,15 @@ def from_quantized(cls:PackedStack,
     m.norm_bits = nn.Parameter(norm_bits(torch.stack(norms)), requires_grad=False)
     return m
 
-# %% ../nbs/21_experts.ipynb #64027fc7
+# %% ../nbs/21_experts.ipynb #7970e52d
 def experts_interface(
     module:nn.Module, # any module
 ) -> bool:
     "Tells whether a module is a stack of experts that describes itself in the way of transformers"
-    return all(hasattr(module, o) for o in ('has_gate', 'is_transposed', 'has_bias')) and hasattr(module, 'down_proj')
+    if not all(hasattr(module, o) for o in ('has_gate', 'is_transposed', 'has_bias')): return False
+    names = ('gate_up_proj' if module.has_gate else 'up_proj', 'down_proj')
+    known = {*names, *(f'{n}_bias' for n in names if module.has_bias)}
+    return {n for n,p in module._parameters.items() if p is not None} == known and not module._buffers    # one with more computes something else
 
 class HLWQExperts(nn.Module):
     """Replaces a model's experts by two packed stacks.

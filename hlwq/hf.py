@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENED', 'HLWQConfig', 'find_home', 'find_targets', 'plan_model', 'PackedKeys', 'read_target', 'encode',
-           'QuantizeOnLoad', 'HLWQQuantizer', 'save_pretrained', 'parse_size', 'register']
+           'QuantizeOnLoad', 'HLWQQuantizer', 'save_pretrained', 'register']
 
 # %% ../nbs/22_transformers.ipynb #c377fa29
 import copy, json, re, tempfile
@@ -25,9 +25,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# %% ../nbs/22_transformers.ipynb #ed5392fa
+# %% ../nbs/22_transformers.ipynb #b4bd4330
 from . import __version__
-from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing
+from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing, parse_size
 from .checkpoint import CheckpointReader
 from .convert import model_card, quantization_config
 from .linear import norm_bits
@@ -95,7 +95,11 @@ def find_home(
     converter = next(c for c in converters if pattern in c.source_patterns)
     return param, *_merge(converter, pattern, base)
 
-# %% ../nbs/22_transformers.ipynb #24b4f616
+# %% ../nbs/22_transformers.ipynb #6e8d916a
+def _flips(model):
+    "Parameters that a module says it stores as (in, out)"
+    return {f'{n}.{leaf}' for n,m in model.named_modules() for leaf in getattr(m, '_parameters', {}) if getattr(m, 'is_transposed', False) or type(m).__name__ == 'Conv1D'}
+
 def _target(reader, param, parts, dense, transposed):
     "One target from its parts: {(expert, part): name}"
     experts, n_parts = sorted({e for e,_ in parts}, key=lambda e: -1 if e is None else e), max(p for _,p in parts) + 1
@@ -122,20 +126,14 @@ def find_targets(
 
     Raises CheckpointError for incomplete stacks, UnsupportedError for stacks with several widths."""
     reader.true_shapes()
-    dense, parts, left, swapped = {k:p for k,p in model.named_parameters()}, defaultdict(dict), [], set(reader.config.get('transposed') or [])
-    turned = set()
+    dense, parts, left, flips = dict(model.named_parameters()), defaultdict(dict), [], _flips(model)
     for name in reader.names:
         param, expert, part, _ = find_home(name, conversions, model.base_model_prefix, dense)
         if param not in dense: left.append(name); continue
         parts[param][expert, part] = name
-        if (_EXPERT.match(name) or [None, name])[1] in swapped: turned.add(param)
-    return [_target(reader, p, v, dense, p in turned) for p,v in parts.items()], left
+    return [_target(reader, p, v, dense, p in flips) for p,v in parts.items()], left
 
-# %% ../nbs/22_transformers.ipynb #3f341f15
-def _flips(model):
-    "Parameters that a module says it stores as (in, out)"
-    return {f'{n}.{leaf}' for n,m in model.named_modules() for leaf in getattr(m, '_parameters', {}) if getattr(m, 'is_transposed', False) or type(m).__name__ == 'Conv1D'}
-
+# %% ../nbs/22_transformers.ipynb #ea4634aa
 def plan_model(
     model:nn.Module, # a model on the meta device
     config:HLWQConfig, # what is asked for
@@ -143,8 +141,9 @@ def plan_model(
     """Decides for every parameter of a model whether it is quantized.
 
     Raises ConfigError as make_plan does."""
+    tied = getattr(model, 'all_tied_weights_keys', None) or {}
     half = dtype_name(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16))
-    tensors = {k:TensorInfo(k, half if p.is_floating_point() else dtype_name(p.dtype), tuple(p.shape)) for k,p in model.named_parameters()}
+    tensors = {k:TensorInfo(k, half if p.is_floating_point() else dtype_name(p.dtype), tuple(p.shape)) for k,p in model.named_parameters() if k not in tied}
     src = Source(Path(type(model).__name__), {k:v for k,v in model.config.to_dict().items() if k != 'quantization_config'}, tensors)
     plan, flips = make_plan(src, bits=config.bits if config.recipe is None else None, recipe=config.recipe, min_coverage=config.min_coverage), _flips(model)
     targets = []
@@ -253,14 +252,14 @@ class QuantizeOnLoad(ConversionOps):
         missing_keys.discard(full_layer_name)
         return {f'{t.home}.packed': packed, f'{t.home}.norm_bits': norm_bits(norms)}
 
-# %% ../nbs/22_transformers.ipynb #d8cd0810
+# %% ../nbs/22_transformers.ipynb #16167e56
 OPENED = ContextVar('OPENED', default=None)                    # a CheckpointReader that load_model has opened already
 
 class HLWQQuantizer(HfQuantizer):
     "Answers transformers at each step of loading and saving"
     requires_calibration = False
     def __init__(self, quantization_config, **kwargs):
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)        # what loading adds to it is not the caller's
         self.pending, self.reader, self.targets, self.unplaced = {}, None, [], []
 
     def is_serializable(self, *args, **kwargs): return True
@@ -318,7 +317,7 @@ def _dequantize(self:HLWQQuantizer, model, dtype=None):
     for name in ('save_pretrained', 'hlwq_report'): model.__dict__.pop(name, None)
     return unpack(model, dtype or torch.bfloat16)
 
-# %% ../nbs/22_transformers.ipynb #3fa33d77
+# %% ../nbs/22_transformers.ipynb #f0b9dc63
 def _names_in_file(model):
     "The function from a name in the model to the name in its checkpoints"
     back = [c.reverse_transform() for c in reversed(getattr(model, '_weight_conversions', None) or []) if isinstance(c, WeightRenaming)]
@@ -365,25 +364,17 @@ def save_pretrained(self,
     told = self.hf_quantizer.quantization_config.to_dict()
     files = {'config.json': {**_json(config, 'config.json'), 'quantization_config': told}, 'hlwq_config.json': told}
     if self.can_generate(): files['generation_config.json'] = _json(self.generation_config, 'generation_config.json')
-    if not (Path(save_directory)/'README.md').exists(): files['README.md'] = model_card(None, told)
+    card = Path(save_directory)/'README.md'
+    files['README.md'] = model_card(card.read_text(encoding='utf-8', errors='replace') if card.is_file() else None, told)
     save_packed(self, save_directory, _kept(self, state_dict, save_original_format), files, _names_in_file(self) if save_original_format else str,
         parse_size(max_shard_size), self.hf_quantizer.quantization_config.codebook_name)
     if push_to_hub: _upload(save_directory, token, **kwargs)
 
-def parse_size(
-    size, # bytes, or a string such as "5GB"
-) -> int: # bytes
-    "Reads a size as transformers writes it"
-    m = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*', str(size), re.I)
-    if isinstance(size, int): return size
-    if not m: raise ConfigError(f"max_shard_size: {size!r}, need bytes or a string such as '5GB'; write a number with KB, MB or GB")
-    return int(float(m[1])*(1024 if m[3] else 1000)**' KMGT'.index(m[2].upper() or ' '))
-
-def _upload(folder, token, repo_id=None, commit_message=None, create_pr=False, private=None, **kwargs):
+def _upload(folder, token, repo_id=None, commit_message=None, create_pr=False, private=None, revision=None, **kwargs):
     from huggingface_hub import HfApi
     api = HfApi(token=token)
     repo = api.create_repo(repo_id or Path(folder).name, private=private, exist_ok=True).repo_id
-    api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message=commit_message or 'Upload a model quantized by hlwq', create_pr=create_pr)
+    api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message=commit_message or 'Upload a model quantized by hlwq', create_pr=create_pr, revision=revision)
 
 # %% ../nbs/22_transformers.ipynb #0d0fb4be
 def register():

@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['linear_ref', 'norm_bits', 'bits_norm', 'book_key', 'book_on', 'row_blocks', 'compiled', 'dense_rows', 'rotate_fast',
-           'packed_linear', 'packed_linear_t', 'linear', 'HLWQLinear', 'PackedWeight']
+           'check_operands', 'packed_linear', 'packed_linear_t', 'linear', 'Packed', 'HLWQLinear', 'DenseWeight',
+           'PackedWeight', 'HLWQEmbedding']
 
 # %% ../nbs/20_linear.ipynb #35a0a6a0
 import zlib
 from functools import lru_cache
 from math import ceil
 
-# %% ../nbs/20_linear.ipynb #25667797
+# %% ../nbs/20_linear.ipynb #beb10ab7
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-# %% ../nbs/20_linear.ipynb #09a6f9d4
+# %% ../nbs/20_linear.ipynb #e3cd26d3
 from .core import BLOCK_SIZE, ConfigError, UnsupportedError
 from .hadamard import fwht
 from .kernels import cpu
 from .kernels.cpu import packed_matmul_ref, packed_rows_ref, rotate_ref
 from .lloyd_max import Codebook
 from .lloyd_max import codebook as get_codebook
-from .quantize import QuantizedTensor, quantize
+from .quantize import QuantizedTensor, dequantize_rows, quantize
 
 # %% ../nbs/20_linear.ipynb #f62639ee
 def linear_ref(
@@ -103,7 +104,20 @@ def rotate_fast(
     "Rotates activations, by the fastest way there is"
     return (cpu.rotate if compiled(x.device) else rotate_ref)(x.contiguous())
 
-# %% ../nbs/20_linear.ipynb #62ccbca7
+# %% ../nbs/20_linear.ipynb #2e1e1190
+def check_operands(
+    x:Tensor, # (..., in_features) activations
+    packed:Tensor, # codes
+    n_blocks:int, # blocks in a row of the matrix
+):
+    """Stands between a wrong call and memory that belongs to somebody else.
+
+    Raises ConfigError for activations of another width, of whole numbers, or on another device."""
+    if x.device != packed.device: raise ConfigError(f"activations on {x.device} and codes on {packed.device}: need one device; move the model or its input")
+    if ceil(x.shape[-1]/BLOCK_SIZE) != n_blocks or not x.is_floating_point():
+        raise ConfigError(f"activations: {x.dtype} of width {x.shape[-1]}, need floats of width {(n_blocks-1)*BLOCK_SIZE + 1} to {n_blocks*BLOCK_SIZE} for this matrix; check what comes before the layer")
+
+# %% ../nbs/20_linear.ipynb #faeee4ed
 def packed_linear(
     x:Tensor, # (..., in_features) activations
     packed:Tensor, # (out_features, n_blocks*16*bits) uint8
@@ -111,6 +125,7 @@ def packed_linear(
     book:Codebook, # on the same device
 ) -> Tensor: # (..., out_features), dtype of x
     "Multiplies activations with a packed matrix; no gradient flows"
+    check_operands(x, packed, norms.shape[-1])
     flat = x.reshape(-1, x.shape[-1])
     M, out = len(flat), len(norms)
     if not M: return x.new_empty(*x.shape[:-1], out)
@@ -122,7 +137,7 @@ def packed_linear(
         for a,b in row_blocks(out, xr.shape[1], x.device): torch.mm(xr, dense_rows(packed[a:b], norms[a:b], book, dtype).t(), out=y[:, a:b])
     return y.to(x.dtype).view(*x.shape[:-1], out)
 
-# %% ../nbs/20_linear.ipynb #2708e147
+# %% ../nbs/20_linear.ipynb #91c8216f
 def packed_linear_t(
     grad:Tensor, # (..., out_features) gradient of the result
     packed:Tensor, # (out_features, n_blocks*16*bits) uint8
@@ -136,7 +151,7 @@ def packed_linear_t(
     width = norms.shape[1]*BLOCK_SIZE
     g, flat = flat.new_zeros(len(flat), width, dtype=torch.float32), flat.to(dtype)
     for a,b in row_blocks(len(norms), width, grad.device): g += flat[:, a:b] @ dense_rows(packed[a:b], norms[a:b], book, dtype)
-    return fwht(g.view(-1, BLOCK_SIZE)).view(len(flat), width)[:, :in_features].to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+    return fwht(g.view(-1, BLOCK_SIZE)).view(len(flat), width)[:, :in_features].to(grad.dtype).contiguous().view(*grad.shape[:-1], in_features)
 
 @torch.library.custom_op('hlwq::linear', mutates_args=())
 def _linear(x:Tensor, packed:Tensor, bits:Tensor, book:str) -> Tensor:
@@ -172,26 +187,15 @@ def linear(
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()): return _linear(x, packed, bits, book)
     return packed_linear(x, packed, bits_norm(bits), book_on(book, x.device))
 
-# %% ../nbs/20_linear.ipynb #edbbac9a
-class HLWQLinear(nn.Linear):
-    """Is a linear layer whose weight is packed codes and norms.
-
-    Raises ConfigError if the parts do not fit together."""
-    def __init__(self,
-        in_features:int, # width of the activations
-        out_features:int, # rows of the matrix
-        book:Codebook, # the codebook
-        bias:bool=False, # add a vector
-        device=None, # where the parts live, "meta" for a layer that is filled later
-        dtype:torch.dtype=None, # dtype of bias and of a dense weight, should one be asked for
-        norms_dtype:torch.dtype=torch.float16, # float16 or float32
-    ):
+# %% ../nbs/20_linear.ipynb #034d3337
+class Packed(nn.Module):
+    "What layers with packed weights share: codes, norms, and the dense weight that they stand for"
+    def _make(self, out_features, in_features, book, device, dtype, norms_dtype):
         nn.Module.__init__(self)                               # not that of nn.Linear, which makes a dense weight
-        self.in_features, self.out_features, self.book = in_features, out_features, book
-        self.dense_dtype, self.cached, n_blocks = dtype or torch.get_default_dtype(), False, ceil(in_features/BLOCK_SIZE)
+        self.in_features, self.out_features, self.book, self.key = in_features, out_features, book, book_key(book)
+        self.dense_dtype, n_blocks = dtype or torch.get_default_dtype(), ceil(in_features/BLOCK_SIZE)
         self.packed = nn.Parameter(torch.empty(out_features, n_blocks*16*book.bits, dtype=torch.uint8, device=device), requires_grad=False)
         self.norm_bits = nn.Parameter(torch.empty(out_features, n_blocks, dtype=_INT_OF[norms_dtype], device=device), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dense_dtype, device=device)) if bias else None
 
     @property
     def bits(self): return self.book.bits
@@ -204,14 +208,45 @@ class HLWQLinear(nn.Linear):
     @property
     def quantized(self): return QuantizedTensor(self.packed.data, self.norms, (self.out_features, self.in_features), self.bits, self.book)
     def dequantize(self, dtype=None): return self.quantized.dequantize(dtype or self.dense_dtype)
-    def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}, codebook={self.book.name!r}'
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_key', '_dense')}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_dense'}
+    def __setstate__(self, state): nn.Module.__setstate__(self, state); book_key(self.book)      # another process has not seen it
 
-@patch(as_prop=True)
-def key(self:HLWQLinear): # key of the codebook
-    "Names the codebook of the layer"
-    if '_key' not in self.__dict__: self.__dict__['_key'] = book_key(self.book)
-    return self.__dict__['_key']
+@patch
+def _take(self:Packed, q):
+    "Lets the layer stand on the parts of a packed matrix, without copying them"
+    self.packed = nn.Parameter(q.packed.view(q.out_features, -1), requires_grad=False)
+    self.norm_bits = nn.Parameter(norm_bits(q.norms), requires_grad=False)
+    return self
+
+@patch
+def _in_memory(self:Packed):
+    "Raises UnsupportedError for a layer that has no content yet"
+    if self.packed.is_meta:
+        raise UnsupportedError(f"{type(self).__name__}: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
+
+@patch
+def _apply(self:Packed, fn, recurse=True):
+    self.__dict__.pop('_dense', None)
+    self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype    # what a cast of the model would do to a dense weight
+    return nn.Module._apply(self, fn, recurse)
+
+# %% ../nbs/20_linear.ipynb #62d5c688
+class HLWQLinear(Packed, nn.Linear):
+    "Is a linear layer whose weight is packed codes and norms"
+    def __init__(self,
+        in_features:int, # width of the activations
+        out_features:int, # rows of the matrix
+        book:Codebook, # the codebook
+        bias:bool=False, # add a vector
+        device=None, # where the parts live, "meta" for a layer that is filled later
+        dtype:torch.dtype=None, # dtype of bias and of a dense weight, should one be asked for
+        norms_dtype:torch.dtype=torch.float16, # float16 or float32
+    ):
+        self._make(out_features, in_features, book, device, dtype, norms_dtype)
+        self.cached = False
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dense_dtype, device=device)) if bias else None
+
+    def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, bits={self.bits}, codebook={self.book.name!r}'
 
 @patch(cls_method=True)
 def from_quantized(cls:HLWQLinear,
@@ -221,17 +256,15 @@ def from_quantized(cls:HLWQLinear,
 ) -> HLWQLinear:
     "Wraps a packed matrix as a layer, without copying it"
     m = cls(q.in_features, q.out_features, q.codebook, bias is not None, 'meta', dtype or (bias.dtype if bias is not None else None), q.norms.dtype)
-    m.packed = nn.Parameter(q.packed.view(q.out_features, -1), requires_grad=False)
-    m.norm_bits = nn.Parameter(norm_bits(q.norms), requires_grad=False)
     if bias is not None: m.bias = nn.Parameter(bias)
-    return m
+    return m._take(q)
 
-# %% ../nbs/20_linear.ipynb #b468bdff
+# %% ../nbs/20_linear.ipynb #c35528ba
 @patch
 def forward(self:HLWQLinear, x):
-    if self.packed.is_meta:
-        raise UnsupportedError(f"{type(self).__name__}: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
-    if self.cached: return nn.functional.linear(x, self.dense_as(x.dtype), self.bias)
+    self._in_memory()
+    if x.shape[-1] != self.in_features: raise ConfigError(f"HLWQLinear: activations of width {x.shape[-1]}, need {self.in_features}; check what comes before the layer")
+    if self.cached and not torch.compiler.is_compiling(): return nn.functional.linear(x, self.dense_as(x.dtype), self.bias)
     y = linear(x, self.packed, self.norm_bits, self.key)
     return y if self.bias is None else y + self.bias
 
@@ -240,56 +273,119 @@ def dense_as(self:HLWQLinear,
     dtype:torch.dtype, # dtype of the weight
 ) -> Tensor: # (out_features, in_features)
     "Gives the dense weight and keeps it"
-    w = self.__dict__.get('_dense')
-    if w is None or w.dtype != dtype or w.device != self.packed.device: w = self.__dict__['_dense'] = self.dequantize(dtype)
+    state = dtype, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in (self.packed, self.norm_bits))    # other codes, other weight
+    kept, w = self.__dict__.get('_dense', (None, None))
+    if kept == state: return w
+    with torch.inference_mode(False): w = self.dequantize(dtype)              # it may be used for training later
+    self.__dict__['_dense'] = state, w
     return w
 
-@patch
-def _apply(self:HLWQLinear, fn, recurse=True):
-    self.__dict__.pop('_dense', None)
-    self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype    # what a cast of the model would do to a dense weight
-    return nn.Module._apply(self, fn, recurse)
+# %% ../nbs/20_linear.ipynb #7a177c70
+class DenseWeight(Tensor):
+    "Is the decoded weight of a packed layer; what is written to it, or to a view of it, is quantized again"
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        origins = {id(o.origin[0]):o.origin for o in tree_leaves((args, kwargs)) if isinstance(o, cls) and hasattr(o, 'origin')}
+        before = {k:dense._version for k,(_,dense) in origins.items()}
+        with torch._C.DisableTorchFunctionSubclass(): res = func(*args, **(kwargs or {}))
+        for k,(module,dense) in origins.items():
+            if dense._version != before[k]: module.requantize_(dense)
+        return tree_map(lambda o: _with_origin(o, origins.values()), res)
 
-# %% ../nbs/20_linear.ipynb #0379b597
+def _with_origin(o, origins):
+    "The same tensor, as one that remembers, if it shares memory with a decoded weight"
+    if not isinstance(o, Tensor) or not o.is_floating_point() or o.layout != torch.strided: return o
+    found = next((g for g in origins if o.untyped_storage().data_ptr() == g[1].untyped_storage().data_ptr()), None)
+    if found is None: return o.as_subclass(Tensor) if isinstance(o, DenseWeight) else o
+    o = o.as_subclass(DenseWeight)
+    o.origin = found
+    return o
+
+# %% ../nbs/20_linear.ipynb #629adaff
+_CHEAP = {'size', 'dim', 'ndimension', 'numel', 'nelement', 'element_size', 'is_floating_point', 'is_complex', 'stride', 'storage_offset', 'is_contiguous', 'get_device', '__len__', '__repr__', '__hash__', '__reduce_ex__',
+    'requires_grad_', 'is_inference', 'register_hook', 'has_names', 'dim_order'}
+_DECODED = {'T', 'mT', 'H', 'mH', 'real', 'imag'}
+
 class PackedWeight(Tensor):
-    "Stands for the dense weight of a packed layer: decoded when used, quantized again when its `data` is set"
+    "Stands for the dense weight of a packed layer, and takes no memory until it is used"
     @staticmethod
     def __new__(cls, module): return Tensor._make_wrapper_subclass(cls, (module.out_features, module.in_features), dtype=module.dense_dtype, device=module.packed.device)
     def __init__(self, module): self.module, self._is_hf_initialized = module, True    # transformers must not fill it with random numbers
     def __repr__(self, *, tensor_contents=None): return f'PackedWeight({tuple(self.shape)}, {self.dtype}, bits={self.module.bits})'
-    def __deepcopy__(self, memo): return self.data
+    def __deepcopy__(self, memo): return self.module.dequantize()
     @property
-    def data(self): return self.module.dequantize()
+    def data(self):
+        with torch.inference_mode(False): dense = self.module.dequantize()
+        return _with_origin(dense, [(self.module, dense)])
     @data.setter
     def data(self, w): self.module.requantize_(w)
 
     @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, '__name__', '')
+        about = getattr(getattr(func, '__self__', None), '__name__', '')             # of an attribute that is read
+        if name in _CHEAP or (name in ('__get__', '__set__') and about not in _DECODED):
+            with torch._C.DisableTorchFunctionSubclass(): return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(lambda o: o.data if isinstance(o, cls) else o, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and any(isinstance(o, cls) for o in args[:1]):
-            raise UnsupportedError(f"{func}: on the weight of a packed layer, which holds codes, need an assignment to weight.data; or change the dense model and quantize it")
-        dense = lambda o: o.data if isinstance(o, cls) else o
+        dense = lambda o: o.module.dequantize() if isinstance(o, cls) else o
+        if func._schema.is_mutable: raise UnsupportedError(f"{func}: on the weight of a packed layer, which holds codes, need an assignment to weight.data; or change the dense model and quantize it")
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
+# %% ../nbs/20_linear.ipynb #3afe6b92
 @patch(as_prop=True)
-def weight(self:HLWQLinear): # (out_features, in_features), not there until it is used
+def weight(self:Packed): # (out_features, in_features), not there until it is used
     "Stands for the dense weight; while a model is being loaded it is the one that will be quantized"
     waiting = self._parameters.get('weight')
     return PackedWeight(self) if waiting is None else waiting
 
 @patch
-def requantize_(self:HLWQLinear,
+@torch.no_grad()
+def requantize_(self:Packed,
     w:Tensor, # (out_features, in_features) a new dense weight
 ):
     """Encodes a new weight with the codebook of the layer.
 
     Raises ConfigError for another shape and NonFiniteError for NaN or infinite weights; the layer is unchanged then."""
+    w = w.detach().as_subclass(Tensor)
     if tuple(w.shape) != (self.out_features, self.in_features):
         raise ConfigError(f"weight: shape {tuple(w.shape)}, need {(self.out_features, self.in_features)}; a packed layer keeps its shape")
-    q = quantize(w.to(self.packed.device), self.bits, codebook=self.book, name='weight')
+    with torch.inference_mode(False): q = quantize(w.to(self.packed.device), self.bits, codebook=self.book, name='weight')
     self.packed.data, self.norm_bits.data = q.packed.view(self.out_features, -1), norm_bits(q.norms)
     self.__dict__.pop('_dense', None)
 
 @patch
-def __setattr__(self:HLWQLinear, name, value):
+def __setattr__(self:Packed, name, value):
     if name == 'weight': self.requantize_(value.data)
     else: nn.Module.__setattr__(self, name, value)
+
+# %% ../nbs/20_linear.ipynb #c1ef193b
+@torch.library.custom_op('hlwq::embedding', mutates_args=())
+def _embedding(ids:Tensor, packed:Tensor, bits:Tensor, book:str, width:int, dtype:torch.dtype) -> Tensor:
+    rows = ids.reshape(-1)
+    return dequantize_rows(packed[rows], bits_norm(bits)[rows], book_on(book, packed.device), width, dtype).view(*ids.shape, width)
+
+@_embedding.register_fake
+def _(ids, packed, bits, book, width, dtype): return packed.new_empty(*ids.shape, width, dtype=dtype)
+
+class HLWQEmbedding(Packed, nn.Embedding):
+    "Is an embedding whose rows are packed"
+    def __init__(self,
+        num_embeddings:int, # rows
+        embedding_dim:int, # numbers in a row
+        book:Codebook, # the codebook
+        padding_idx:int=None, # kept for whoever asks; it makes no difference without training
+        device=None, # where the parts live, "meta" for a layer that is filled later
+        dtype:torch.dtype=None, # dtype of the result
+        norms_dtype:torch.dtype=torch.float16, # float16 or float32
+    ):
+        self._make(num_embeddings, embedding_dim, book, device, dtype, norms_dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    def extra_repr(self): return f'{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, codebook={self.book.name!r}'
+    def forward(self, ids):
+        self._in_memory()
+        return _embedding(ids, self.packed, self.norm_bits, self.key, self.embedding_dim, self.dense_dtype)

@@ -17,12 +17,12 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/21a_packed_model.ipynb #b4f72d2c
+# %% ../nbs/21a_packed_model.ipynb #8593bbc7
 from .core import BLOCK_SIZE, CheckpointError, HLWQPerformanceWarning, UnsupportedError, dtype_name, human_bytes, listing, warn_once
 from .checkpoint import CheckpointWriter, entry_nbytes
 from .experts import HLWQExperts, PackedStack, experts_interface
 from .kernels import cpu
-from .linear import HLWQLinear, compiled
+from .linear import HLWQEmbedding, HLWQLinear, Packed, compiled
 from .lloyd_max import Codebook
 from .quantize import store_norms
 
@@ -48,22 +48,26 @@ class Target:
         two = self.shape[::-1] if self.transposed else self.shape
         return tuple(two) if self.n_experts is None else (self.n_experts, *two)
 
-# %% ../nbs/21a_packed_model.ipynb #78d22624
+# %% ../nbs/21a_packed_model.ipynb #f4b7c552
 def _is_conv1d(m): return type(m).__name__ == 'Conv1D' and hasattr(m, 'nf')
 
 def _plain_linear(m): return (isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward) or _is_conv1d(m)
 
+def _plain_embedding(m): return isinstance(m, nn.Embedding) and type(m).forward is nn.Embedding.forward and m.max_norm is None
+
 def _refuse(module, m, leaves):
     what = listing(f'{module}.{o}' for o in leaves)
-    return UnsupportedError(f"{what}: in a module of class {type(m).__name__}, need nn.Linear or experts with transformers' experts interface; "
+    return UnsupportedError(f"{what}: in a module of class {type(m).__name__}, need nn.Linear, nn.Embedding or experts with transformers' experts interface; "
         "keep it in 16 bits with a recipe rule, or turn the checkpoint back with hlwq dequantize")
 
 def _check_shape(t, p):
     if tuple(p.shape) != t.dense_shape: raise CheckpointError(f"{t.param}: {t.dense_shape} in the checkpoint, need {tuple(p.shape)} for this model; the config belongs to another checkpoint")
 
 def _new_linear(m, t):
-    new = HLWQLinear(t.shape[1], t.shape[0], t.book, device='meta', dtype=m.weight.dtype, norms_dtype=t.norms_dtype)
-    new.bias, new.transposed, t.home = m.bias, t.transposed, t.module
+    t.home, how = t.module, dict(device='meta', dtype=m.weight.dtype, norms_dtype=t.norms_dtype)
+    if isinstance(m, nn.Embedding): return HLWQEmbedding(*t.shape, t.book, m.padding_idx, **how)
+    new = HLWQLinear(t.shape[1], t.shape[0], t.book, **how)
+    new.bias, new.transposed = m.bias, t.transposed
     return new
 
 def _new_experts(m, up, down):
@@ -84,7 +88,7 @@ def place(
     for t in targets: by_module.setdefault(t.module, {})[t.leaf] = t
     for path,leaves in by_module.items():
         m = model.get_submodule(path)
-        if _plain_linear(m) and set(leaves) == {'weight'}: pass
+        if (_plain_linear(m) or _plain_embedding(m)) and set(leaves) == {'weight'}: pass
         elif experts_interface(m) and set(leaves) == {'gate_up_proj' if m.has_gate else 'up_proj', 'down_proj'}: pass
         else: raise _refuse(path, m, leaves)
         for t in leaves.values(): _check_shape(t, getattr(m, t.leaf))
@@ -92,15 +96,15 @@ def place(
         m = model.get_submodule(path)
         new = _new_linear(m, leaves['weight']) if 'weight' in leaves else _new_experts(m, leaves.get('gate_up_proj') or leaves['up_proj'], leaves['down_proj'])
         parent,_,name = path.rpartition('.')
-        setattr(model.get_submodule(parent), name, new)
+        setattr(model.get_submodule(parent), name, new.train(m.training))
 
-# %% ../nbs/21a_packed_model.ipynb #f2c65234
+# %% ../nbs/21a_packed_model.ipynb #a491251f
 def packed_parts(
     model:nn.Module, # any model
 ): # generator of (name of the dense parameter, module with packed and norm_bits)
     "Walks over the packed layers and stacks of a model, under the names that their dense parameters would have"
     for name,m in model.named_modules():
-        if isinstance(m, HLWQLinear): yield f'{name}.weight' if name else 'weight', m
+        if isinstance(m, Packed): yield f'{name}.weight' if name else 'weight', m
         if isinstance(m, HLWQExperts):
             for leaf,stack in zip(m.names, (m.w13, m.w2)): yield f'{name}.{leaf}' if name else leaf, stack
 
@@ -137,15 +141,16 @@ def _repr_markdown_(self:PackedReport):
     line = lambda cells: '| ' + ' | '.join(cells) + ' |'
     return '\n'.join([line(_HEAD), '|---|--:|--:|--:|---|---|', *map(line, _groups(self.rows))]) + f'\n\npacked {human_bytes(self.nbytes)}, everything else {human_bytes(self.kept_nbytes)}'
 
-# %% ../nbs/21a_packed_model.ipynb #770b229f
+# %% ../nbs/21a_packed_model.ipynb #f4a822ea
 def backend_of(
-    device:torch.device, # where a layer is
-    cached:bool=False, # it keeps its dense weight
+    m:nn.Module, # a packed layer or stack
 ) -> str:
-    "Names what computes a packed layer on a device"
-    if device.type == 'meta': return 'offloaded'
-    if cached: return 'dense, cached'
-    return 'compiled kernel' if compiled(device) else f'torch, blocks of rows on {device.type}'
+    "Names what computes a packed layer"
+    kind = m.packed.device.type
+    if kind == 'meta': return 'offloaded'
+    if isinstance(m, HLWQEmbedding): return 'rows, decoded by torch'
+    if getattr(m, 'cached', False): return 'dense, cached'
+    return 'compiled kernel' if compiled(m.packed.device) else f'torch, blocks of rows on {kind}'
 
 def hlwq_report(
     model:nn.Module, # a model with packed layers
@@ -153,8 +158,8 @@ def hlwq_report(
     "Says for each packed layer how large it is and what computes it"
     rows = []
     for name,m in packed_parts(model):
-        shape = [m.out_features, m.in_features] if isinstance(m, HLWQLinear) else [m.n_experts, m.out_features, m.in_features]
-        rows.append(dict(name=name, kind=type(m).__name__, shape=shape, bits=m.bits, nbytes=m.nbytes, device=str(m.packed.device), backend=backend_of(m.packed.device, getattr(m, 'cached', False))))
+        shape = [m.out_features, m.in_features] if isinstance(m, Packed) else [m.n_experts, m.out_features, m.in_features]
+        rows.append(dict(name=name, kind=type(m).__name__, shape=shape, bits=m.bits, nbytes=m.nbytes, device=str(m.packed.device), backend=backend_of(m)))
     return PackedReport(rows, sum(p.nbytes for n,p in model.named_parameters() if not n.endswith(('.packed', '.norm_bits'))))
 
 def warn_if_slow(
@@ -164,14 +169,18 @@ def warn_if_slow(
     slow = {}
     for name,m in packed_parts(model):
         device = m.packed.device
-        if device.type != 'meta' and not getattr(m, 'cached', False) and not compiled(device): slow.setdefault(device.type, []).append(name)
+        if backend_of(m).startswith('torch'): slow.setdefault(device.type, []).append(name)
     for kind,names in slow.items():
         why = cpu.why_not() if kind == 'cpu' else f'there is no kernel for {kind} yet'
         warn_once(f"{len(names)} packed layers on {kind} are decoded by torch, some rows at a time, at every call: {why}", HLWQPerformanceWarning)
 
-# %% ../nbs/21a_packed_model.ipynb #54072506
+# %% ../nbs/21a_packed_model.ipynb #4a1890ec
 def _dense_linear(m, dtype):
     w = m.dequantize(dtype)
+    if isinstance(m, HLWQEmbedding):
+        with torch.device('meta'): new = nn.Embedding(m.num_embeddings, m.embedding_dim, m.padding_idx)
+        new.weight = nn.Parameter(w, requires_grad=False)
+        return new
     if getattr(m, 'transposed', False):
         from transformers.pytorch_utils import Conv1D
         new = Conv1D(m.out_features, m.in_features)
@@ -198,12 +207,12 @@ def unpack(
     Raises UnsupportedError if some of them are not in memory."""
     away = [n for n,m in packed_parts(model) if m.packed.is_meta]
     if away: raise UnsupportedError(f"{listing(away)}: offloaded, need all layers in memory to unpack them; load the model without a device_map")
-    for path,m in [(n, m) for n,m in model.named_modules() if isinstance(m, (HLWQLinear, HLWQExperts))]:
+    for path,m in [(n, m) for n,m in model.named_modules() if isinstance(m, (Packed, HLWQExperts))]:
         parent,_,name = path.rpartition('.')
-        setattr(model.get_submodule(parent), name, (_dense_linear if isinstance(m, HLWQLinear) else _dense_experts)(m, dtype))
+        setattr(model.get_submodule(parent), name, (_dense_linear if isinstance(m, Packed) else _dense_experts)(m, dtype).train(m.training))
     return model
 
-# %% ../nbs/21a_packed_model.ipynb #20d15e56
+# %% ../nbs/21a_packed_model.ipynb #fccac6aa
 def _resident(m):
     "Brings the parameters of an offloaded module into memory for a while"
     if not hasattr(m, '_hf_hook'): return nullcontext()
@@ -212,7 +221,7 @@ def _resident(m):
 
 def _matrices(name, m):
     "(key, width in the file, function that gives packed and norms) of each matrix of a packed part"
-    if isinstance(m, HLWQLinear): return [(name, lambda: (m.packed.data, m.norms))]
+    if isinstance(m, Packed): return [(name, lambda: (m.packed.data, m.norms))]
     return [(f'{name}_e{e}', lambda e=e: (m.packed.data[e], m.norms[e])) for e in range(m.n_experts)]
 
 @dataclass

@@ -114,7 +114,7 @@ SMALL = dict(                                                  # name -> model_t
     llama=('llama', dict(hidden_size=144, intermediate_size=200, head_dim=36)),
     qwen3_moe=('qwen3_moe', EXPERTS), mixtral=('mixtral', EXPERTS),
     gpt_oss=('gpt_oss', EXPERTS | dict(intermediate_size=128, layer_types=['full_attention']*2)),
-    gpt2=('gpt2', dict(n_embd=144, n_layer=2, n_head=4, n_positions=128, tie_word_embeddings=True)),
+    gpt2=('gpt2', dict(hidden_size=144, tie_word_embeddings=True)),
     no_gate=('nemotron_h', EXPERTS | dict(layers_block_type=['moe', 'attention', 'moe'], moe_shared_expert_intermediate_size=80, n_group=1, topk_group=1)))
 MADE = tempfile.TemporaryDirectory(prefix='hlwq-models-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) and shutil.disk_usage('/dev/shm').free > 1e9 else None)
 

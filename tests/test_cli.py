@@ -5,9 +5,9 @@ import pytest
 from typer.testing import CliRunner
 from common import ROOT
 from hlwq import __version__
-from hlwq.cli import app,main,parse_size,resume_command
+from hlwq.cli import app,main,resume_command
 from hlwq import recipe
-from hlwq.core import ConfigError,asset_path
+from hlwq.core import ConfigError,asset_path,parse_size
 
 TINY = asset_path('tiny-moe-10m')
 COMMANDS = 'demo plan quantize verify inspect dequantize eval generate'.split()

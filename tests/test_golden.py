@@ -31,12 +31,8 @@ def test_source_is_what_its_script_says(tmp_path):
     for k in ('source', 'legacy'): assert snapshot(tmp_path/k) == snapshot(GOLDEN/k)
 
 def without_card(folder):
-    "The files of a checkpoint without its model card, which is for people and came after the frozen files, and without its line in the manifest"
+    "The files of a checkpoint without its model card, which is for people and came after the frozen files"
     (folder/'README.md').unlink()
-    path = folder/'hlwq_manifest.json'
-    manifest = json.loads(path.read_text())
-    del manifest['files']['README.md']
-    hlwq.checkpoint.write_json(path, manifest)
     return snapshot(folder)
 
 @pytest.mark.parametrize('threads', [1, 2])

@@ -249,7 +249,7 @@ def test_cache_follows_the_codes():
     a,b = layer(),layer(seed=9)
     want = b(act(3, 200))
     for change in (lambda m: m.load_state_dict(b.state_dict()), lambda m: m.load_state_dict(b.state_dict(), assign=True), lambda m: m.requantize_(b.dequantize()),
-                   lambda m: (m.packed.data.copy_(b.packed), m.norm_bits.data.copy_(b.norm_bits))):
+                   lambda m: (m.packed.copy_(b.packed), m.norm_bits.copy_(b.norm_bits))):
         m = copy.deepcopy(a); m.cached = True; m(act(3, 200))
         change(m)
         again = copy.deepcopy(m); again.cached = False
