@@ -59,13 +59,17 @@ class _WhenImported:
         load = spec.loader.exec_module
         def exec_module(module):
             load(module)
-            try: import_module('hlwq.hf')
-            except ImportError as e: warn(f"hlwq: this version of transformers cannot load its models ({e}), need 5.16 or newer; pip install -U transformers", stacklevel=2)
+            _load_hf()
         spec.loader.exec_module = exec_module
         return spec
 
+def _load_hf():
+    # whatever an unsupported version lacks, all that does not need transformers goes on working
+    try: import_module('hlwq.hf')
+    except Exception as e: warn(f"hlwq: this version of transformers cannot load its models ({e}), need 5.16 or newer; pip install -U transformers", stacklevel=2)
+
 def _register():
-    if _WhenImported.name in sys.modules: import_module('hlwq.hf')
+    if _WhenImported.name in sys.modules: _load_hf()
     elif not any(type(o).__name__ == '_WhenImported' for o in sys.meta_path): sys.meta_path.insert(0, _WhenImported())
 
 _register()

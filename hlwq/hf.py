@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['OPENED', 'HLWQConfig', 'find_home', 'find_targets', 'plan_model', 'PackedKeys', 'read_target', 'encode',
-           'QuantizeOnLoad', 'HLWQQuantizer', 'save_pretrained', 'register']
+           'QuantizeOnLoad', 'HLWQQuantizer', 'Method', 'save_pretrained', 'push_to_hub', 'register']
 
-# %% ../nbs/22_transformers.ipynb #c377fa29
+# %% ../nbs/22_transformers.ipynb #99bdca83
 import copy, json, re, tempfile
 from collections import defaultdict
-from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import MethodType
 
 # %% ../nbs/22_transformers.ipynb #221e6fbd
 import torch
@@ -25,7 +23,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# %% ../nbs/22_transformers.ipynb #b4bd4330
+# %% ../nbs/22_transformers.ipynb #e72df527
 from . import __version__
 from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing, parse_size
 from .checkpoint import CheckpointReader
@@ -33,16 +31,17 @@ from .convert import model_card, quantization_config
 from .linear import norm_bits
 from .lloyd_max import codebook as get_codebook
 from .packed_model import Target, hlwq_report, place, save_packed, unpack, warn_if_slow
-from .quantize import nonfinite_message, quantize_rows, store_norms
+from .quantize import F16_MAX, F16_MIN, nonfinite_message, quantize_rows, store_norms
 from .recipe import Recipe, Rule, make_plan
 from .source import Source
 
-# %% ../nbs/22_transformers.ipynb #36b6e869
+# %% ../nbs/22_transformers.ipynb #a71831b2
 def _as_recipe(recipe, bits):
-    if recipe is None: return Recipe(bits)
-    if isinstance(recipe, dict): return Recipe(recipe.get('bits', bits), [Rule(**{k:v for k,v in r.items() if v is not None}) for r in recipe.get('rules', [])])
     if isinstance(recipe, Recipe): return recipe
-    return Recipe.from_toml(recipe)
+    if isinstance(recipe, (str, Path)): return Recipe.from_toml(recipe)
+    try: return Recipe(recipe.get('bits', bits), [Rule(**{k:v for k,v in r.items() if v is not None}) for r in recipe.get('rules', [])])
+    except (TypeError, AttributeError) as e:
+        raise ConfigError(f"recipe: {str(recipe)[:80]} ({e}), need a Recipe, the path of a TOML file, or what a config stores of one; write Recipe(rules=[Rule(...)])") from None
 
 class HLWQConfig(QuantizationConfigMixin):
     """Says how a model is quantized, for transformers.
@@ -57,11 +56,11 @@ class HLWQConfig(QuantizationConfigMixin):
         min_coverage:float=0.9, # refuse a plan that leaves more of the weights than this unmatched
         **stored, # what a checkpoint lists: format_version, bits_by_tensor, transposed, kept, dropped
     ):
-        self.quant_method, self.bits, self.block_size, self.norm, self.codebook, self.min_coverage = 'hlwq', check_bits(bits), block_size, norm, codebook, min_coverage
+        self.quant_method, self.bits, self.block_size, self.norm, self.codebook, self.min_coverage = 'hlwq', check_bits(5 if bits is None else bits), block_size, norm, codebook, min_coverage
         if block_size != BLOCK_SIZE: raise ConfigError(f"block_size: {block_size}, need {BLOCK_SIZE}; other sizes are not written by any version")
         if norm not in ('gain', 'l2'): raise ConfigError(f"norm: {norm!r}, need 'gain' or 'l2'; 'gain' has the lower error")
-        get_codebook(self.codebook_name, bits) if not isinstance(codebook, dict) else None
-        self.recipe = None if recipe is None else _as_recipe(recipe, bits)
+        if not isinstance(codebook, dict): get_codebook(codebook, self.bits)
+        self.recipe = None if recipe is None else _as_recipe(recipe, self.bits)
         self.stored = {k:v for k,v in stored.items() if k != 'quant_method'}
 
     @property
@@ -95,14 +94,21 @@ def find_home(
     converter = next(c for c in converters if pattern in c.source_patterns)
     return param, *_merge(converter, pattern, base)
 
-# %% ../nbs/22_transformers.ipynb #6e8d916a
+# %% ../nbs/22_transformers.ipynb #e5093485
 def _flips(model):
     "Parameters that a module says it stores as (in, out)"
     return {f'{n}.{leaf}' for n,m in model.named_modules() for leaf in getattr(m, '_parameters', {}) if getattr(m, 'is_transposed', False) or type(m).__name__ == 'Conv1D'}
 
-def _target(reader, param, parts, dense, transposed):
+def _true_width(reader, name, width):
+    "Takes from the model a width that the file does not tell"
+    m = reader.matrices[name]
+    meta = reader.source.tensors.get(f'{m.prefix}__meta')
+    if (meta is None or meta.shape == (4,)) and m.shape[1] == -(-width//BLOCK_SIZE)*BLOCK_SIZE: reader.matrices[name] = replace(m, shape=(m.shape[0], width))
+
+def _target(reader, param, parts, n_parts, dense, transposed):
     "One target from its parts: {(expert, part): name}"
-    experts, n_parts = sorted({e for e,_ in parts}, key=lambda e: -1 if e is None else e), max(p for _,p in parts) + 1
+    experts = sorted({e for e,_ in parts}, key=lambda e: -1 if e is None else e)
+    for name in parts.values(): _true_width(reader, name, dense[param].shape[-2 if transposed else -1])
     full = list(range(dense[param].shape[0])) if experts != [None] else [None]
     gone = [(e, p) for e in full for p in range(n_parts) if (e, p) not in parts]
     if gone or experts != full:
@@ -125,13 +131,13 @@ def find_targets(
     """Finds the parameters of a model that a checkpoint holds packed.
 
     Raises CheckpointError for incomplete stacks, UnsupportedError for stacks with several widths."""
-    reader.true_shapes()
-    dense, parts, left, flips = dict(model.named_parameters()), defaultdict(dict), [], _flips(model)
+    dense, parts, n_parts, left, flips = dict(model.named_parameters()), defaultdict(dict), {}, [], _flips(model)
     for name in reader.names:
-        param, expert, part, _ = find_home(name, conversions, model.base_model_prefix, dense)
+        param, expert, part, n = find_home(name, conversions, model.base_model_prefix, dense)
         if param not in dense: left.append(name); continue
-        parts[param][expert, part] = name
-    return [_target(reader, p, v, dense, p in flips) for p,v in parts.items()], left
+        parts[param][expert, part], n_parts[param] = name, n
+    reader._widths_known = True                                # the model has told them
+    return [_target(reader, p, v, n_parts[p], dense, p in flips) for p,v in parts.items()], left
 
 # %% ../nbs/22_transformers.ipynb #ea4634aa
 def plan_model(
@@ -213,7 +219,7 @@ def read_target(
             packed[e, rows], norms[e, rows] = q.packed.view(q.out_features, -1), q.norms
     return (packed, norms) if t.n_experts is not None else (packed[0], norms[0])
 
-# %% ../nbs/22_transformers.ipynb #529835c3
+# %% ../nbs/22_transformers.ipynb #61ce9c46
 class _Raises(dict):
     "A result whose content is an error: raised where the loader opens it, outside of what catches everything"
     def __init__(self, error): super().__init__(); self.error = error
@@ -229,16 +235,22 @@ def encode(
     Raises NonFiniteError for NaN or infinite weights, CheckpointError for another shape."""
     if tuple(w.shape) != t.dense_shape: raise CheckpointError(f"{t.param}: shape {tuple(w.shape)} in the checkpoint, need {t.dense_shape} for this model; the config belongs to another checkpoint")
     if t.transposed: w = w.transpose(-1, -2)
-    if w.ndim == 2: return _encode(t, w, norm, t.param)
+    if w.ndim == 2:
+        packed, norms = _encode(t, w, norm, t.param)
+        return packed, store_norms(norms)
     step = max(1, (1 << 25)//(w.shape[1]*w.shape[2]))            # experts at a time: one by one they would keep no GPU busy
     parts = [_encode(t, w[a:a+step].reshape(-1, w.shape[2]), norm, f'{t.param}, experts from {a}') for a in range(0, len(w), step)]
-    packed, norms = torch.cat([p for p,_ in parts]), torch.cat([n.float() for _,n in parts])
-    return packed.view(*w.shape[:2], -1), (norms if any(n.dtype == torch.float32 for _,n in parts) else norms.half()).view(*w.shape[:2], -1)
+    packed, norms = (torch.cat(o).view(*w.shape[:2], -1) for o in zip(*parts))
+    a = norms.abs().flatten(1)
+    fits = (((a == 0) | (a >= F16_MIN)).all(1) & (a.amax(1) <= F16_MAX))[:, None, None]      # as store_norms decides for one expert
+    return packed, norms.half() if fits.all() else torch.where(fits, norms.half().float(), norms)
 
 def _encode(t, w, norm, name):
+    "Codes and float32 norms of some rows"
     try: packed, norms = quantize_rows(w, t.book, norm)
     except NonFiniteError: raise NonFiniteError(nonfinite_message(w, name)) from None
-    return packed, store_norms(norms)
+    store_norms(norms)                                         # raises for norms that no type can hold
+    return packed, norms
 
 class QuantizeOnLoad(ConversionOps):
     "Quantizes one parameter as it comes in"
@@ -252,7 +264,7 @@ class QuantizeOnLoad(ConversionOps):
         missing_keys.discard(full_layer_name)
         return {f'{t.home}.packed': packed, f'{t.home}.norm_bits': norm_bits(norms)}
 
-# %% ../nbs/22_transformers.ipynb #16167e56
+# %% ../nbs/22_transformers.ipynb #8745d827
 OPENED = ContextVar('OPENED', default=None)                    # a CheckpointReader that load_model has opened already
 
 class HLWQQuantizer(HfQuantizer):
@@ -260,7 +272,7 @@ class HLWQQuantizer(HfQuantizer):
     requires_calibration = False
     def __init__(self, quantization_config, **kwargs):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)        # what loading adds to it is not the caller's
-        self.pending, self.reader, self.targets, self.unplaced = {}, None, [], []
+        self.pending, self.reader, self.targets, self.unplaced, self.dense, self.prefix, self.tied = {}, None, [], [], {}, '', {}
 
     def is_serializable(self, *args, **kwargs): return True
     @property
@@ -273,6 +285,8 @@ class HLWQQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, *args):
         if not self.pre_quantized: return weight_conversions
+        for stem in {(_EXPERT.match(n) or [n, n])[1] for n in self.reader.names}:          # marks those that are used, for the way back
+            find_home(stem, weight_conversions, self.prefix, self.dense)
         return [PackedKeys(self.reader, self.targets, [c for c in weight_conversions if isinstance(c, WeightRenaming)]), *weight_conversions]
 
 @patch
@@ -284,10 +298,28 @@ def _process_model_before_weight_loading(self:HLWQQuantizer, model, checkpoint_f
 def _expect_packed(self:HLWQQuantizer, model, checkpoint_files):
     "Opens the checkpoint and makes room for what it holds"
     if not checkpoint_files: raise UnsupportedError("state_dict: given without a checkpoint, need the folder or the repository of a quantized model; pass its path")
-    self.reader = OPENED.get() or CheckpointReader(Path(checkpoint_files[0]).parent, manifest=False)
-    self.targets, self.unplaced = find_targets(self.reader, model, get_model_conversion_mapping(model))
-    place(model, self.targets)
+    self.dense, self.prefix, self.tied = dict(model.named_parameters()), model.base_model_prefix, dict(getattr(model, 'all_tied_weights_keys', None) or {})
+    with torch.device('cpu'):                                  # not where the skeleton of the model is being built
+        self.reader = OPENED.get() or CheckpointReader(Path(checkpoint_files[0]).parent, manifest=False)
+        conversions = get_model_conversion_mapping(model)
+        self.targets, self.unplaced = find_targets(self.reader, model, conversions)
+    try: place(model, self.targets)
+    except CheckpointError as e: raise CheckpointError(f"{self.reader.path}: {e}") from None
+    self._check_kept(conversions)
+    books = {t.book.bits:t.book for t in self.targets}
+    if books and not (isinstance(self.quantization_config.codebook, dict) and self.quantization_config.codebook.get('centroids')):     # found out, or asked for: from now on it is known
+        self.quantization_config.codebook = dict(name=next(iter(books.values())).name, centroids={str(b):o.tolist() for b,o in sorted(books.items())})
+    if books and self.quantization_config.bits not in books: self.quantization_config.bits = self.reader.bits
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r'__(packed|norms|meta|codes)$'}
+
+@patch
+def _check_kept(self:HLWQQuantizer, conversions):
+    "Raises CheckpointError for kept tensors of another shape than the model has; a new head may differ"
+    for name,t in self.reader.kept.items():
+        try: param, expert, _, n = find_home(name, conversions, self.prefix, self.dense)
+        except UnsupportedError: continue                      # made of several, which the loader does
+        if param in self.dense and expert is None and n == 1 and param.startswith(f'{self.prefix}.') and tuple(self.dense[param].shape) != t.shape:
+            raise CheckpointError(f"{self.reader.path/t.file}: {name!r} has shape {t.shape}, need {tuple(self.dense[param].shape)} for this model; the config belongs to another checkpoint")
 
 @patch
 def _expect_dense(self:HLWQQuantizer, model):
@@ -301,26 +333,33 @@ def _expect_dense(self:HLWQQuantizer, model):
     told = quantization_config(self.plan, self.quantization_config.norm, book)
     self.quantization_config.codebook = told.pop('codebook')
     self.quantization_config.bits = told['bits']
-    self.quantization_config.stored = {k:told[k] for k in ('bits_by_tensor', 'transposed', 'kept', 'dropped')}
+    self.quantization_config.stored = {k:told[k] for k in ('bits_by_tensor', 'kept', 'dropped')} | dict(transposed=sorted(told['transposed']))
 
 @patch
 def _process_model_after_weight_loading(self:HLWQQuantizer, model, **kwargs):
     if self.pending: raise CheckpointError(f"{listing(self.pending)}: not in the checkpoint, need a weight for each; incomplete download? fetch the model again")
-    if self.reader: self.reader.source.close()
-    with suppress(AttributeError): model._weight_conversions = [c for c in model._weight_conversions if not isinstance(c, PackedKeys)]
-    model.save_pretrained, model.hlwq_report = MethodType(save_pretrained, model), MethodType(hlwq_report, model)
+    if self.reader and self.reader is not OPENED.get(): self.reader.source.close()
+    self.conversions = model._weight_conversions = [c for c in getattr(model, '_weight_conversions', None) or [] if not isinstance(c, PackedKeys)]
+    for f in _METHODS: model.__dict__[f.__name__] = Method(f, model)
+    self.reader, self.dense = None, {}
     warn_if_slow(model)
     return model
 
 @patch
 def _dequantize(self:HLWQQuantizer, model, dtype=None):
-    for name in ('save_pretrained', 'hlwq_report'): model.__dict__.pop(name, None)
-    return unpack(model, dtype or torch.bfloat16)
+    model = unpack(model, dtype or torch.bfloat16)
+    for f in _METHODS: model.__dict__.pop(f.__name__, None)
+    return model
 
-# %% ../nbs/22_transformers.ipynb #f0b9dc63
+# %% ../nbs/22_transformers.ipynb #0f40dc96
+class Method:
+    "A method of one model: unlike a bound method it can be pickled and copied with the model that holds it"
+    def __init__(self, function, model): self.function, self.model = function, model
+    def __call__(self, *args, **kwargs): return self.function(self.model, *args, **kwargs)
+
 def _names_in_file(model):
     "The function from a name in the model to the name in its checkpoints"
-    back = [c.reverse_transform() for c in reversed(getattr(model, '_weight_conversions', None) or []) if isinstance(c, WeightRenaming)]
+    back = [c.reverse_transform() for c in reversed(model.hf_quantizer.conversions) if isinstance(c, WeightRenaming)]
     def name(key):
         for r in back: key, _ = r.rename_source_key(key)
         return key
@@ -334,6 +373,7 @@ def _kept(model, state_dict, revert):
     if any(v.is_meta for v in kept.values()):
         from transformers.integrations.accelerate import load_offloaded_parameter
         kept = {k:load_offloaded_parameter(model, k) if v.is_meta else v for k,v in kept.items()}
+    model._weight_conversions = model.hf_quantizer.conversions           # an adapter that was loaded later has left its own
     return revert_weight_conversion(model, kept) if revert else kept
 
 def _json(config, name):
@@ -369,6 +409,17 @@ def save_pretrained(self,
     save_packed(self, save_directory, _kept(self, state_dict, save_original_format), files, _names_in_file(self) if save_original_format else str,
         parse_size(max_shard_size), self.hf_quantizer.quantization_config.codebook_name)
     if push_to_hub: _upload(save_directory, token, **kwargs)
+
+def push_to_hub(self,
+    repo_id:str, # owner/name
+    token=None, # for the upload
+    max_shard_size='5GB', # bytes in one file
+    **kwargs, # commit_message, private, create_pr, revision
+):
+    "Saves a packed model in a temporary folder and uploads it"
+    with tempfile.TemporaryDirectory() as d: self.save_pretrained(Path(d)/'model', push_to_hub=True, repo_id=repo_id, token=token, max_shard_size=max_shard_size, **kwargs)
+
+_METHODS = (save_pretrained, push_to_hub, hlwq_report)
 
 def _upload(folder, token, repo_id=None, commit_message=None, create_pr=False, private=None, revision=None, **kwargs):
     from huggingface_hub import HfApi

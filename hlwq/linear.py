@@ -335,7 +335,7 @@ class PackedWeight(Tensor):
         if func._schema.is_mutable: raise UnsupportedError(f"{func}: on the weight of a packed layer, which holds codes, need an assignment to weight.data; or change the dense model and quantize it")
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
-# %% ../nbs/20_linear.ipynb #3afe6b92
+# %% ../nbs/20_linear.ipynb #53d9b795
 @patch(as_prop=True)
 def weight(self:Packed): # (out_features, in_features), not there until it is used
     "Stands for the dense weight; while a model is being loaded it is the one that will be quantized"
@@ -359,7 +359,7 @@ def requantize_(self:Packed,
 
 @patch
 def __setattr__(self:Packed, name, value):
-    if name == 'weight': self.requantize_(value.data)
+    if name == 'weight' and name not in self._parameters: self.requantize_(value.data)    # it is there only while a model is being loaded
     else: nn.Module.__setattr__(self, name, value)
 
 # %% ../nbs/20_linear.ipynb #c1ef193b

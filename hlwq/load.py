@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['as_transformers_expects', 'model_class', 'load_model']
 
-# %% ../nbs/22a_load.ipynb #5483703a
+# %% ../nbs/22a_load.ipynb #11f0661d
 import json, re, tempfile
-from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 # %% ../nbs/22a_load.ipynb #1e9b6e45
 import torch
@@ -29,7 +29,7 @@ def _verify(folder, how):
     report = verify_checkpoint(folder, sha256=how == 'sha256', norms=False)
     if not report.ok: raise CheckpointError(f"{folder}: {listing(report.problems, 3)}")
 
-# %% ../nbs/22a_load.ipynb #39239741
+# %% ../nbs/22a_load.ipynb #f019e901
 def _settings(reader):
     "The quantization_config of a checkpoint, with what was found out about one that does not tell"
     widths = sorted({m.bits for m in reader.matrices.values()})
@@ -37,29 +37,30 @@ def _settings(reader):
     books = {b:reader.book(b) for b in widths}
     return told | dict(quant_method='hlwq', bits=reader.bits if reader.bits in widths else max(widths), codebook=dict(name=books[widths[0]].name, centroids={str(b):o.tolist() for b,o in books.items()}))
 
-@contextmanager
 def as_transformers_expects(
     reader:CheckpointReader, # an open checkpoint
-): # yields a folder
+) -> tuple: # the folder, and None or the TemporaryDirectory that it is
     """Gives a folder with a config.json and an index that transformers understands: the checkpoint itself, or one of links to it.
 
     Raises CheckpointError if there is no config.json, which says what model it is."""
     folder, src = reader.path, reader.source
     if not (folder/'config.json').is_file(): raise CheckpointError(f"{folder}: no config.json, need it to know the model; copy it from the original")
     known = (src.config.get('quantization_config') or {}).get('quant_method') == 'hlwq'
-    if known and ((folder/'model.safetensors.index.json').is_file() or src.files == ['model.safetensors']): yield folder; return
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        for n in [*src.files, *src.other_files]: (d/n).symlink_to((folder/n).resolve())
-        (d/'config.json').write_text(json.dumps({**src.config, 'quantization_config': _settings(reader)}))
-        (d/'model.safetensors.index.json').unlink(missing_ok=True)
-        (d/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={k:t.file for k,t in src.tensors.items()})))
-        yield d
+    if known and ((folder/'model.safetensors.index.json').is_file() or src.files == ['model.safetensors']): return folder, None
+    settings = json.dumps({**src.config, 'quantization_config': _settings(reader)})
+    links = tempfile.TemporaryDirectory()
+    d = Path(links.name)
+    for n in [*src.files, *src.other_files]: (d/n).symlink_to((folder/n).resolve())
+    (d/'config.json').write_text(settings)
+    (d/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={k:t.file for k,t in src.tensors.items()})))
+    return d, links
 
-# %% ../nbs/22a_load.ipynb #60bcbe65
+_LINKS = WeakKeyDictionary()                                   # model -> folder of links, if some of its layers are still read from there
+
+# %% ../nbs/22a_load.ipynb #8863afaf
 def _strict(model, info, reader):
     "Raises CheckpointError for tensors that are missing or left over"
-    tied = getattr(model, 'all_tied_weights_keys', None) or {}
+    tied = model.hf_quantizer.tied
     passed = '|'.join(f'({p})' for p in model._keys_to_ignore_on_load_unexpected or ()) or r'\b\B'
     missing = sorted(set(info['missing_keys']) - set(tied))
     left = sorted(set(info['unexpected_keys'])) + [n for n in model.hf_quantizer.unplaced if not re.search(passed, f'{n}')]
@@ -76,9 +77,9 @@ def model_class(
 ) -> type: # the class that the checkpoint names, else AutoModelForCausalLM
     "Finds the class of a model"
     found = [getattr(transformers, n, None) for n in getattr(config, 'architectures', None) or ()]
-    return next((c for c in found if isinstance(c, type)), transformers.AutoModelForCausalLM)
+    return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), transformers.AutoModelForCausalLM)
 
-# %% ../nbs/22a_load.ipynb #529088ac
+# %% ../nbs/22a_load.ipynb #a7e79053
 def _best_map(device_map, nbytes):
     if device_map != 'auto': return device_map
     if not torch.cuda.is_available(): return None
@@ -105,12 +106,14 @@ def load_model(
     Raises CheckpointError for files that are damaged, missing, or not those of the model; ConfigError and UnsupportedError for requests that cannot be met. Nothing is filled with random numbers."""
     with CheckpointReader(path, codebook) as reader:
         _verify(reader.path, verify)
-        token = OPENED.set(reader)
+        (folder, links), token = as_transformers_expects(reader), OPENED.set(reader)
         try:
-            with as_transformers_expects(reader) as folder:
-                config = kwargs.pop('config', None) or transformers.AutoConfig.from_pretrained(folder)
-                model, info = model_class(config).from_pretrained(folder, config=config, dtype=dtype, device_map=_best_map(device_map, reader.source.nbytes), output_loading_info=True, **kwargs)
-        finally: OPENED.reset(token)
+            config = kwargs.pop('config', None) or transformers.AutoConfig.from_pretrained(folder)
+            model, info = model_class(config).from_pretrained(folder, config=config, dtype=dtype, device_map=_best_map(device_map, reader.source.nbytes), output_loading_info=True, **kwargs)
+            if links and 'disk' in (getattr(model, 'hf_device_map', None) or {}).values(): _LINKS[model], links = links, None
+        finally:
+            OPENED.reset(token)
+            if links: links.cleanup()
         _strict(model, info, reader)
     model.config.name_or_path = model.name_or_path = str(path)
     _insist(model, backend)

@@ -17,14 +17,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/21a_packed_model.ipynb #8593bbc7
+# %% ../nbs/21a_packed_model.ipynb #970abdaa
 from .core import BLOCK_SIZE, CheckpointError, HLWQPerformanceWarning, UnsupportedError, dtype_name, human_bytes, listing, warn_once
 from .checkpoint import CheckpointWriter, entry_nbytes
 from .experts import HLWQExperts, PackedStack, experts_interface
 from .kernels import cpu
 from .linear import HLWQEmbedding, HLWQLinear, Packed, compiled
 from .lloyd_max import Codebook
-from .quantize import store_norms
 
 # %% ../nbs/21a_packed_model.ipynb #b0ae67d9
 @dataclass
@@ -174,27 +173,27 @@ def warn_if_slow(
         why = cpu.why_not() if kind == 'cpu' else f'there is no kernel for {kind} yet'
         warn_once(f"{len(names)} packed layers on {kind} are decoded by torch, some rows at a time, at every call: {why}", HLWQPerformanceWarning)
 
-# %% ../nbs/21a_packed_model.ipynb #4a1890ec
+# %% ../nbs/21a_packed_model.ipynb #23c240d2
 def _dense_linear(m, dtype):
     w = m.dequantize(dtype)
     if isinstance(m, HLWQEmbedding):
         with torch.device('meta'): new = nn.Embedding(m.num_embeddings, m.embedding_dim, m.padding_idx)
-        new.weight = nn.Parameter(w, requires_grad=False)
+        new.weight = nn.Parameter(w)
         return new
     if getattr(m, 'transposed', False):
         from transformers.pytorch_utils import Conv1D
         new = Conv1D(m.out_features, m.in_features)
-        new.weight = nn.Parameter(w.t().contiguous(), requires_grad=False)
+        new.weight = nn.Parameter(w.t().contiguous())
     else:
         with torch.device('meta'): new = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)
-        new.weight = nn.Parameter(w, requires_grad=False)
+        new.weight = nn.Parameter(w)
     if m.bias is not None: new.bias = m.bias
     return new
 
 def _dense_experts(m, dtype):
     for leaf,stack in zip(m.names, (m.w13, m.w2)):
         w = stack.dequantize(dtype)
-        m.shell.register_parameter(leaf, nn.Parameter(w.transpose(1, 2).contiguous() if m.is_transposed else w, requires_grad=False))
+        m.shell.register_parameter(leaf, nn.Parameter(w.transpose(1, 2).contiguous() if m.is_transposed else w))
         if m.has_bias: m.shell.register_parameter(f'{leaf}_bias', getattr(m, f'{leaf}_bias'))
     return m.shell
 
@@ -249,7 +248,7 @@ def _shards(entries, limit):
         size += e.nbytes
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors':g for i,g in enumerate(groups, 1)}
 
-# %% ../nbs/21a_packed_model.ipynb #40b40f17
+# %% ../nbs/21a_packed_model.ipynb #25443511
 def _write(w, entries):
     "Writes the entries of one shard: codes first, then everything else from wide types to narrow ones"
     rest = []
@@ -259,7 +258,7 @@ def _write(w, entries):
             packed, norms = (t.cpu() for t in e.get())
         m = e.module
         w.add(f'{e.key}__packed', 'U8', (packed.numel(),), [packed])
-        rest += [(f'{e.key}__norms', store_norms(norms.float()) if norms.dtype == torch.float32 else norms),
+        rest += [(f'{e.key}__norms', norms.half() if torch.equal(norms.half().float(), norms.float()) else norms),
                  (f'{e.key}__meta', torch.tensor([m.out_features, m.n_blocks, BLOCK_SIZE, m.out_features*m.n_blocks*BLOCK_SIZE, m.in_features]))]
     for key,t in sorted(rest, key=lambda o: -o[1].element_size()): w.add(key, dtype_name(t.dtype), tuple(t.shape), [t])
 
@@ -291,16 +290,17 @@ def save_packed(
 
     A new folder appears when it is complete. In a folder that holds other files the manifest is taken away first and written last.
     Raises OSError if there is no room or no permission."""
+    if wrapped := [n for n,_ in packed_parts(model) if '.base_layer.' in f'.{n}']:
+        raise UnsupportedError(f"{listing(wrapped)}: inside an adapter, need a model without; save the adapter alone, or merge it first (merge_and_unload)")
     folder = Path(folder)
     into = folder.is_dir() and any(folder.iterdir())
     if into: _check_folder(folder)
     out = folder/'.hlwq-new' if into else folder
-    shards = _shards(_entries(model, names, kept), max_shard_size)
+    shards, total = _shards(_entries(model, names, kept), max_shard_size), 0
     with CheckpointWriter(out, dict(saved=str(folder)), sum(e.nbytes for g in shards.values() for e in g), resume=False, overwrite=into) as cw:
         for name,group in shards.items():
             with cw.shard(name, sum(entry_nbytes(k, (10**12, 10**6, 10**6)) for e in group for k in e.keys), dict(hlwq_format='1', codebook=codebook)) as w: _write(w, group)
+            total += w.at
             cw.finish_shard(name)
-        cw.finish({k:n for n,g in shards.items() for e in g for k in e.keys}, files, total_size=_total(shards))
+        cw.finish({k:n for n,g in shards.items() for e in g for k in e.keys}, files, total_size=total)
     if into: _move_in(out, folder)
-
-def _total(shards): return sum(e.nbytes for g in shards.values() for e in g)

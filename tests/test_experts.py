@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.integrations.moe import use_experts_implementation
 from hlwq.core import *
 from hlwq.core import BITS
-from hlwq.experts import WAYS,HLWQExperts,PackedStack,expert_linear,expert_linear_ref,experts_interface
+from hlwq.experts import WAYS,HLWQExperts,PackedStack,expert_linear_ref,experts_interface
 from hlwq.kernels import cpu
 from hlwq.lloyd_max import codebook
 from hlwq.packed_model import Target,place,unpack

@@ -7,7 +7,7 @@ from torch import nn
 from hlwq.core import *
 from hlwq.core import BITS
 from hlwq.kernels import cpu
-from hlwq.linear import HLWQLinear,book_key,linear,linear_ref,norm_bits,packed_linear
+from hlwq.linear import HLWQLinear,book_key,linear,linear_ref,packed_linear
 from hlwq.lloyd_max import Codebook,codebook
 from hlwq.quantize import quantize
 from common import python
