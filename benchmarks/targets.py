@@ -25,7 +25,19 @@ def main():
         row('the same: wall time over (read + quantize + write, each alone)', 'at most 1.3', f"{s['ratio']:.2f}", s['ratio'] <= 1.3, 'stream'),
         row('relative weight error on Gaussian weights, 5 bits', 'at most 0.0500', f"{q['relative_error']['5']:.4f}", q['relative_error']['5'] <= .05, 'quantize'),
         row('interrupted and resumed: sha256 of every file identical', 'always', f"{i['identical']} of {i['points']}", i['identical'] == i['points'], 'interrupt')]
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt')]
+    e, rt, ld, mem, dec, comp, full = (result(n) for n in ('packed-exact', 'packed-roundtrip', 'packed-load', 'packed-memory', 'packed-decode', 'packed-compile', 'full-size'))
+    worst, ratio, m, g = max(r['relative'] for r in e['rows']), next(r for r in ld['rows'] if r['model'] == 'tiny-moe-30m'), mem['rows'], full['rows'][0]
+    speed = {r['how']: r['tokens_per_second'] for r in dec['rows'] if 'smol' in r['model'].lower()}
+    rows += [
+        row(f"packed model against its dequantized twin, float32, all widths, {len({r['model'] for r in e['rows']})} models: relative error of logits", 'at most 1e-5', f'{worst:.1e}', worst <= 1e-5, 'packed-exact'),
+        row('quantized while loading, saved, loaded, saved: files identical', 'all', f"{sum(r['identical'] and r['verified'] for r in rt['rows'])} of {len(rt['rows'])} pairs", all(r['identical'] and r['verified'] for r in rt['rows']), 'packed-roundtrip'),
+        row(f"peak resident memory while a packed checkpoint of {m[0]['packed']/1e9:.2f} GB is loaded, libraries included", f"at most 1.15 x files + 300 MB = {m[0]['allowed']/1e9:.2f} GB", f"{max(r['peak_loading'] for r in m)/1e9:.2f} GB", all(r['peak_loading'] <= r['allowed'] for r in m), 'packed-memory'),
+        row('time to load tiny-moe-30m packed, in units of the original', 'at most 1.5', f"{ratio['ratio']:.2f} (load_model, with its checks: {ratio['ratio_load_model']:.2f})", ratio['ratio'] <= 1.5, 'packed-load'),
+        row('Qwen3.6-35B-A3B architecture quantized while loading, 5 bits, GPU memory', 'at most 26 GB', f"{g['gpu_peak_while_loading']/1e9:.2f} GB at the peak, {g['gpu_after']/1e9:.2f} GB after", g['gpu_peak_while_loading'] <= 26e9, 'full-size'),
+        row('the same: logits finite; packed layers against dequantized ones, error over that of bf16 arithmetic', 'finite; about 1', f"{'finite' if g['finite'] else 'NOT finite'}; at most {g['worst_ratio_to_bf16']:.2f}", g['finite'] and g['worst_ratio_to_bf16'] < 2, 'full-size'),
+        row('torch.compile(fullgraph=True) of a packed dense model: graph breaks', '0', str(sum(r['graph_breaks'] for r in comp['rows'])), not any(r['graph_breaks'] for r in comp['rows']), 'packed-compile'),
+        row('SmolLM2-135M, one CPU stream: packed Q5 against float32', 'dequantizing must not dominate', f"{speed['packed, 5 bits, bfloat16']:.0f} and {speed['packed, 5 bits, float32']:.0f} (bf16, fp32 activations) against {speed['original, float32']:.0f} tokens/s", speed['packed, 5 bits, float32'] > speed['original, float32'], 'packed-decode')]
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -520,7 +520,7 @@ def _matrix_info(src, prefix, p, cfg):
     width = nb*BLOCK_SIZE
     if meta is not None:
         if meta.dtype != 'I64' or meta.shape not in ((4,), (5,)): raise bad(f"meta is {triple(meta)}, need int64 of length 4 or 5")
-        m = src.read(meta.name).tolist()
+        m = src.read_int64(meta.name)
         if m[2] != BLOCK_SIZE:
             raise UnsupportedError(
                 f"{src.path}: matrix {prefix!r}: block size {m[2]}, need {BLOCK_SIZE}; other sizes are not read")

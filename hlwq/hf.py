@@ -264,7 +264,7 @@ class QuantizeOnLoad(ConversionOps):
         missing_keys.discard(full_layer_name)
         return {f'{t.home}.packed': packed, f'{t.home}.norm_bits': norm_bits(norms)}
 
-# %% ../nbs/22_transformers.ipynb #8745d827
+# %% ../nbs/22_transformers.ipynb #7f5a03e3
 OPENED = ContextVar('OPENED', default=None)                    # a CheckpointReader that load_model has opened already
 
 class HLWQQuantizer(HfQuantizer):
@@ -285,7 +285,7 @@ class HLWQQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, *args):
         if not self.pre_quantized: return weight_conversions
-        for stem in {(_EXPERT.match(n) or [n, n])[1] for n in self.reader.names}:          # marks those that are used, for the way back
+        for stem in {re.sub(r'\.\d+\.', '.0.', (_EXPERT.match(n) or [n, n])[1]) for n in self.reader.names}:      # marks those that are used, for the way back
             find_home(stem, weight_conversions, self.prefix, self.dense)
         return [PackedKeys(self.reader, self.targets, [c for c in weight_conversions if isinstance(c, WeightRenaming)]), *weight_conversions]
 

@@ -362,10 +362,11 @@ def __setattr__(self:Packed, name, value):
     if name == 'weight' and name not in self._parameters: self.requantize_(value.data)    # it is there only while a model is being loaded
     else: nn.Module.__setattr__(self, name, value)
 
-# %% ../nbs/20_linear.ipynb #c1ef193b
+# %% ../nbs/20_linear.ipynb #08dd403b
 @torch.library.custom_op('hlwq::embedding', mutates_args=())
 def _embedding(ids:Tensor, packed:Tensor, bits:Tensor, book:str, width:int, dtype:torch.dtype) -> Tensor:
     rows = ids.reshape(-1)
+    if rows.device.type == 'cpu' and rows.numel() and int(rows.min()) < 0: raise ConfigError(f"embedding: id {int(rows.min())}, need 0 to {len(packed)-1}; check the tokenizer and padding")
     return dequantize_rows(packed[rows], bits_norm(bits)[rows], book_on(book, packed.device), width, dtype).view(*ids.shape, width)
 
 @_embedding.register_fake
@@ -384,6 +385,7 @@ class HLWQEmbedding(Packed, nn.Embedding):
     ):
         self._make(num_embeddings, embedding_dim, book, device, dtype, norms_dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2., False, False           # adapters copy these
 
     def extra_repr(self): return f'{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, codebook={self.book.name!r}'
     def forward(self, ids):

@@ -362,6 +362,16 @@ def read(self:Source,
     return out.view(DTYPES[t.dtype]).reshape(shape)
 
 @patch
+def read_int64(self:Source,
+    name:str, # key of a short tensor of type I64
+) -> list: # its numbers
+    "Reads a few whole numbers, without a tensor: checkpoints of experts have thousands of such tensors"
+    t = self.tensors[name]
+    buffer = bytearray(t.nbytes)
+    self._fill(t.file, buffer, self.shards[t.file].offsets[name])
+    return memoryview(buffer).cast('q').tolist()
+
+@patch
 def _fill(self:Source, file, buffer, at):
     "Reads bytes from position `at` until the buffer is full"
     f = self._open.get(file) or self._open.setdefault(file, open(self.shards[file].path, 'rb', buffering=0))

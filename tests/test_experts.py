@@ -19,6 +19,13 @@ from kit import complete,gap,gaussian
 
 E,HIDDEN,INTER = 5,144,72
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Matrices this small only wait for each other's threads"
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 @pytest.fixture(params=['best', 'torch'])
 def best(request, monkeypatch):
     if request.param == 'torch': monkeypatch.setattr(cpu, 'available', lambda: False)

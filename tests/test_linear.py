@@ -7,7 +7,7 @@ from torch import nn
 from hlwq.core import *
 from hlwq.core import BITS
 from hlwq.kernels import cpu
-from hlwq.linear import HLWQLinear,book_key,linear,linear_ref,packed_linear
+from hlwq.linear import HLWQEmbedding,HLWQLinear,book_key,linear,linear_ref,packed_linear
 from hlwq.lloyd_max import Codebook,codebook
 from hlwq.quantize import quantize
 from common import python
@@ -348,3 +348,37 @@ def test_weight_cannot_be_taken_away():
     with pytest.raises(Exception): m.register_parameter('weight', nn.Parameter(ones()))
     with pytest.raises(Exception): nn.utils.parametrize.register_parametrization(m, 'weight', nn.Identity())
     assert m(act(1, 200)).shape == (1, 24)
+
+# --- embeddings
+
+def embedding(rows=30, width=200, bits=5):
+    q = quantize(gaussian(rows, width, dtype=torch.float32), bits)
+    return HLWQEmbedding(rows, width, q.codebook, device='meta')._take(q)
+
+@pytest.mark.parametrize('bits', BITS)
+def test_embedding(bits):
+    m = embedding(bits=bits); d = nn.Embedding.from_pretrained(m.dequantize(torch.float32))
+    assert isinstance(m, nn.Embedding) and m.weight.shape == (30, 200) and not any(p.requires_grad for p in m.parameters())
+    for ids in (torch.tensor(3), torch.tensor([[1, 29], [0, 1]]), torch.empty(2, 0, dtype=torch.long), torch.tensor([5, 5], dtype=torch.int32), torch.arange(30)[::3]): assert torch.equal(m(ids), d(ids))
+    assert m.bfloat16()(torch.tensor([3])).dtype == torch.bfloat16 and gap(m(torch.tensor([3])), d(torch.tensor([3]))) < 1e-2
+
+@pytest.mark.parametrize('ids', [torch.tensor([-1]), torch.tensor([30]), torch.tensor([2**40]), torch.tensor([1.]), torch.tensor([True, False]), torch.tensor([1, 0], dtype=torch.uint8)], ids=str)
+def test_embedding_refuses_what_an_ordinary_one_refuses(ids):
+    "Numbers from behind and masks among them, which indexing would take"
+    with pytest.raises((IndexError, RuntimeError, HLWQError)): nn.Embedding(30, 200)(ids)
+    with pytest.raises((IndexError, RuntimeError, HLWQError)): embedding()(ids)
+
+def test_embedding_has_the_attributes_of_one():
+    "Adapters read them"
+    m,d = embedding(),nn.Embedding(30, 200)
+    assert all(getattr(m, k) == getattr(d, k) for k in ('num_embeddings', 'embedding_dim', 'padding_idx', 'max_norm', 'norm_type', 'scale_grad_by_freq', 'sparse'))
+
+def test_embedding_compiles():
+    torch._dynamo.reset(); m = embedding()
+    assert torch.equal(torch.compile(m, fullgraph=True, backend='aot_eager')(torch.tensor([[3, 4]])), m(torch.tensor([[3, 4]])))
+
+def test_embedding_is_copied_and_cast():
+    m = embedding(); want = m(torch.arange(30)); norms = m.norm_bits.clone()
+    for c in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))): assert torch.equal(c(torch.arange(30)), want)
+    assert torch.equal(m.half().norm_bits, norms) and m.norm_bits.dtype == torch.int16
+    with pytest.raises(UnsupportedError, match='meta'): m.to('meta')(torch.tensor([1]))

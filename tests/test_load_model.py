@@ -26,7 +26,9 @@ TINY = 'tiny-moe-10m'
 def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
+        threads = torch.get_num_threads(); torch.set_num_threads(1)    # models this small only wait for each other's threads
         yield
+        torch.set_num_threads(threads)
 
 def fused(): return made('qwen3_moe-fused-q5', lambda d: quantize_checkpoint(made('qwen3_moe-fused', lambda o: write_small('qwen3_moe', o, save=dict(save_original_format=False))), d, progress=False))
 
