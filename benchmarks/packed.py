@@ -132,16 +132,16 @@ def decode(a, tmp):
             ('packed, dense weights cached', lambda d: load_model(q, dtype=d, cache_dequantized=True))) for d in ('float32', 'bfloat16')}
         ids = AutoTokenizer.from_pretrained(src)('The old lighthouse stood at the end of the road, and', return_tensors='pt').input_ids
         speeds = {k:[] for k in models}
-        for _ in range(6):
+        for _ in range(5):
             for k,m in models.items(): speeds[k].append(tokens_per_second(m, ids, 64))
         for k,m in models.items(): rows.append(dict(model=Path(src).name, how=k, tokens_per_second=statistics.median(speeds[k][1:]), rounds=speeds[k], weights=sum({p.data_ptr():p.nbytes for p in m.parameters()}.values())))
-    md = ['| model | run as | weights in memory | tokens a second | against float32 |', '|---|---|---:|---:|---:|']
+    md = ['| model | run as | parameters (without a cache) | tokens a second | against float32 |', '|---|---|---:|---:|---:|']
     for r in rows:
         base = next(o for o in rows if o['model'] == r['model'] and o['how'] == 'original, float32')
         md.append(f"| {r['model']} | {r['how']} | {human_bytes(r['weights'])} | {r['tokens_per_second']:.1f} | {r['tokens_per_second']/base['tokens_per_second']:.2f} x |")
     res = dict(rows=rows)
     if gguf: res['gguf'] = {k:gguf[k] for k in ('llama_cpp_python', 'system_info', 'threads', 'n_prompt', 'n_new', 'reps')} | dict(models={k:{o:r[o] for o in ('bytes', 'decode_tok_s', 'decode_all', 'prefill_tok_s')} for k,r in gguf['models'].items()}); md += ['', *gguf_lines(gguf)]
-    return res, 'Tokens a second on a CPU', 'One stream, greedy, 64 tokens after a short prompt, Python loop over the model of transformers; medians of five rounds in turns.', md
+    return res, 'Tokens a second on a CPU', 'One stream, greedy, 64 tokens after a short prompt, Python loop over the model of transformers; medians of four rounds in turns.', md
 
 def gguf_lines(g):
     "The other runtime's numbers, measured by a script of its own in the same hour"
