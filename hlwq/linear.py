@@ -18,12 +18,12 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-# %% ../nbs/20_linear.ipynb #e3cd26d3
+# %% ../nbs/20_linear.ipynb #52dd716c
 from .core import BLOCK_SIZE, ConfigError, UnsupportedError
 from .hadamard import fwht
 from .kernels import cpu
 from .kernels.cpu import packed_matmul_ref, packed_rows_ref, rotate_ref
-from .lloyd_max import Codebook
+from .lloyd_max import CODEBOOKS, Codebook
 from .lloyd_max import codebook as get_codebook
 from .quantize import QuantizedTensor, dequantize_rows, quantize
 
@@ -53,7 +53,7 @@ def bits_norm(
     "Undoes norm_bits"
     return bits.view(_FLOAT_OF[bits.dtype])
 
-# %% ../nbs/20_linear.ipynb #3de86db4
+# %% ../nbs/20_linear.ipynb #10b0f419
 _BOOKS = {}
 
 def book_key(
@@ -68,8 +68,13 @@ def book_on(
     key:str, # from book_key
     device:torch.device, # where the product is computed
 ) -> Codebook: # the same codebook, there
-    "Finds a codebook by its key and moves it to a device, once"
-    with torch.inference_mode(False): return _BOOKS[key].to(device)
+    """Finds a codebook by its key and moves it to a device, once.
+
+    Raises ConfigError for a table of somebody's own that was never named in this process."""
+    name, bits, _ = key.rsplit('/', 2)
+    book = _BOOKS.get(key) or (get_codebook(name, int(bits)) if name in CODEBOOKS else None)
+    if book is None or book_key(book) != key: raise ConfigError(f"codebook {key!r}: not known in this process, need it named first; call book_key with the table")
+    with torch.inference_mode(False): return book.to(device)
 
 # %% ../nbs/20_linear.ipynb #aac9e642
 _ROWS = {'cpu':1 << 20, 'cuda':1 << 25}                        # weights that are dense at one time
