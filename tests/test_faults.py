@@ -594,9 +594,9 @@ def test_partition_copies_and_manifest(src, here):
     assert {k for k in got if not k.endswith(('__packed', '__norms', '__meta'))} == kept and {r.name for r in plan.rows} == want.keys()
     for k in kept: assert got[k].dtype == want[k].dtype and torch.equal(got[k], want[k])
     files = {p.name for p in (here/'out').iterdir()}
-    assert files - {f for f in files if f.endswith('.safetensors')} == {'merges.txt', 'LICENSE', 'chat_template.jinja', 'generation_config.json', 'preprocessor_config.json', 'tokenizer.json', 'config.json', 'hlwq_config.json', 'hlwq_manifest.json', 'model.safetensors.index.json'}
+    assert files - {f for f in files if f.endswith('.safetensors')} == {'README.md', 'merges.txt', 'LICENSE', 'chat_template.jinja', 'generation_config.json', 'preprocessor_config.json', 'tokenizer.json', 'config.json', 'hlwq_config.json', 'hlwq_manifest.json', 'model.safetensors.index.json'}
     m = json.loads((here/'out'/'hlwq_manifest.json').read_text())
-    assert m['files'].keys() == files - {'hlwq_manifest.json'} and {'modeling.py', 'pytorch_model.bin', 'a.pt', 'b.pth', '.hidden', '.tmpAbC123'} <= set(m['skipped'])
+    assert m['files'].keys() == files - {'hlwq_manifest.json', 'README.md'} and {'modeling.py', 'pytorch_model.bin', 'a.pt', 'b.pth', '.hidden', '.tmpAbC123'} <= set(m['skipped'])
     for n,o in m['files'].items(): assert o == dict(size=(here/'out'/n).stat().st_size, sha256=checkpoint.file_sha256(here/'out'/n))
     wm = json.loads((here/'out'/'model.safetensors.index.json').read_text())
     assert wm['weight_map'].keys() == got.keys() and wm['metadata']['total_size'] == sum(t.nbytes for t in got.values())
