@@ -79,7 +79,7 @@ def model_class(
     found = [getattr(transformers, n, None) for n in getattr(config, 'architectures', None) or ()]
     return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), transformers.AutoModelForCausalLM)
 
-# %% ../nbs/22a_load.ipynb #a7e79053
+# %% ../nbs/22a_load.ipynb #11e71a01
 def _best_map(device_map, nbytes):
     if device_map != 'auto': return device_map
     if not torch.cuda.is_available(): return None
@@ -97,7 +97,7 @@ def load_model(
     dtype='auto', # dtype of what is not packed and of activations; "auto" for that of the checkpoint
     verify:str='size', # compare with the manifest: "size", "sha256", or None
     codebook:str='auto', # name of the codebook, for files that do not tell
-    cache_dequantized:bool=False, # keep the dense weight of each linear layer after its first use: faster, and as large as the original
+    cache_dequantized:bool=False, # keep the dense weight of each linear layer after its first use, beside the codes: faster for prompts and where no kernel serves, slower than the CPU kernel for single tokens
     backend:str='auto', # "auto", or "compiled" to raise where the compiled kernel does not serve
     **kwargs, # anything else that from_pretrained takes
 ):
