@@ -7,7 +7,7 @@ __all__ = ['app', 'Src', 'Dir', 'Out', 'Bits', 'RecipeFile', 'Coverage', 'Book',
            'main']
 
 # %% ../nbs/90_cli.ipynb #dd614c5a
-import os, shlex, sys
+import json, os, shlex, sys
 from pathlib import Path
 from typing import Annotated, List, Optional
 
@@ -325,3 +325,27 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
     n, seconds = out.shape[1] - ids['input_ids'].shape[1], time.perf_counter() - start
     screen.remark(f'{n} tokens in {seconds:.1f} s, {n/seconds:.1f} a second; {", ".join(model.hlwq_report().backends)}')
     screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, -n:], skip_special_tokens=True), tokens=n, seconds=seconds, tokens_per_second=n/seconds))
+
+# %% ../nbs/90_cli.ipynb #effe8f37
+@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize')
+def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize', help='Products with packed weights, or quantizing.', show_default=False)],
+           bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them.', show_default=False)]=None,
+           shape:Annotated[Optional[List[str]], typer.Option('--shape', metavar='OUTxIN', help='Rows x columns of a matrix; may be given several times.', show_default=False)]=None,
+           rows:Annotated[Optional[str], typer.Option('--rows', metavar='N,...', help='Rows that are multiplied at a time: 1 is one token.', show_default=False)]=None,
+           json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None, quiet:Quiet=False):
+    """Measures the GPU kernels next to bfloat16, int4 and NF4, each compared with a reference first.
+
+    Needs an NVIDIA GPU and triton. Without options a selection of shapes, widths and rows, and experts; it takes some minutes."""
+    from hlwq.bench import parse_bits, parse_numbers, parse_shapes, run_bench
+    screen = Screen(quiet=quiet)
+    if json_file: _can_be_written(Path(json_file))             # before some minutes of work
+    asked = dict(shapes=parse_shapes(shape) if shape else None, bits=parse_bits(bits) if bits else None, rows=parse_numbers(rows) if rows else None)
+    words = ['hlwq', 'bench', what, *(w for k,v in (('--bits', bits), *(('--shape', s) for s in shape or ()), ('--rows', rows)) if v for w in (k, v))]
+    found = run_bench(what, shlex.join(words), **asked, progress=screen.progress)
+    for head,lines in found.tables(): screen.table(head, lines)
+    for note in found.notes(): screen.say(note)
+    if json_file: Path(json_file).write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+def _can_be_written(path):
+    from hlwq.core import ConfigError
+    if path.is_dir() or not path.resolve().parent.is_dir(): raise ConfigError(f"{path}: cannot be written, need a file in a folder that exists; make the folder or choose another name")

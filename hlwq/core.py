@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BLOCK_SIZE', 'BITS', 'DTYPES', 'FLOATS', 'FP8', 'HLWQError', 'ConfigError', 'CheckpointError', 'NonFiniteError',
            'UnsupportedError', 'ResumeError', 'listing', 'HLWQWarning', 'HLWQPerformanceWarning', 'warn_once',
-           'check_bits', 'dtype_name', 'TensorInfo', 'human_bytes', 'parse_size', 'asset_path']
+           'why_no_triton', 'check_bits', 'dtype_name', 'TensorInfo', 'human_bytes', 'parse_size', 'asset_path']
 
 # %% ../nbs/00_core.ipynb #6f6349ea
-import warnings
+import os, warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def warn_once(
 ):
     "Warns the first time it is given a message and stays silent for the same message afterwards"
     warnings.warn(message, category, stacklevel=2)
+
+# %% ../nbs/00_core.ipynb #e253aff1
+def why_no_triton(
+    device:torch.device, # where something is to be computed
+) -> str: # a reason, or nothing
+    "Says why Triton kernels do not serve a device, if they don't"
+    if device.type != 'cuda': return f'there is no kernel for {device.type} yet'
+    if os.environ.get('HLWQ_KERNELS') == 'off': return 'HLWQ_KERNELS=off'
+    return '' if find_spec('triton') else 'triton is not installed'
 
 # %% ../nbs/00_core.ipynb #e2cb1782
 BLOCK_SIZE = 128

@@ -25,12 +25,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # %% ../nbs/22_transformers.ipynb #e72df527
 from . import __version__
-from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing, parse_size
+from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing, parse_size, why_no_triton
 from .checkpoint import CheckpointReader
 from .convert import model_card, quantization_config
 from .linear import norm_bits
 from .lloyd_max import codebook as get_codebook
-from .packed_model import Target, hlwq_report, place, save_packed, unpack, warn_if_slow
+from .packed_model import Target, hlwq_report, packed_parts, place, save_packed, unpack, warn_if_slow
 from .quantize import F16_MAX, F16_MIN, nonfinite_message, quantize_rows, store_norms
 from .recipe import Recipe, Rule, make_plan
 from .source import Source
@@ -245,9 +245,16 @@ def encode(
     fits = (((a == 0) | (a >= F16_MIN)).all(1) & (a.amax(1) <= F16_MAX))[:, None, None]      # as store_norms decides for one expert
     return packed, norms.half() if fits.all() else torch.where(fits, norms.half().float(), norms)
 
+def _encode_fast(w, book, norm):
+    if not why_no_triton(w.device):
+        from hlwq.kernels.quantize import encode_rows
+        packed, norms, flag = encode_rows(w, book, norm)
+        if flag is None or not int(flag): return packed, norms
+    return quantize_rows(w, book, norm)                        # also what the kernel leaves to it: not finite, or far out of range
+
 def _encode(t, w, norm, name):
     "Codes and float32 norms of some rows"
-    try: packed, norms = quantize_rows(w, t.book, norm)
+    try: packed, norms = _encode_fast(w, t.book, norm)
     except NonFiniteError: raise NonFiniteError(nonfinite_message(w, name)) from None
     store_norms(norms)                                         # raises for norms that no type can hold
     return packed, norms
@@ -342,6 +349,7 @@ def _process_model_after_weight_loading(self:HLWQQuantizer, model, **kwargs):
     self.conversions = model._weight_conversions = [c for c in getattr(model, '_weight_conversions', None) or [] if not isinstance(c, PackedKeys)]
     for f in _METHODS: model.__dict__[f.__name__] = Method(f, model)
     self.reader, self.dense = None, {}
+    for _,m in packed_parts(model): m.place_()                # into the order of the device they were loaded to
     warn_if_slow(model)
     return model
 

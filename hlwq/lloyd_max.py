@@ -85,8 +85,11 @@ class Codebook:
         "Lies halfway between neighbouring centroids; a value on a boundary takes the lower code"
         return _midpoints(self.centroids)
 
-    def __eq__(self, other): return isinstance(other, Codebook) and (self.name, self.tolist()) == (other.name, other.tolist())
-    def __hash__(self): return hash((self.name, *self.tolist()))
+    @cached_property
+    def _key(self): return self.name, *self.tolist()           # read once: on a GPU that means waiting for it
+
+    def __eq__(self, other): return isinstance(other, Codebook) and (self is other or self._key == other._key)
+    def __hash__(self): return hash(self._key)
 
 # %% ../nbs/02_lloyd_max.ipynb #7167f095
 @patch

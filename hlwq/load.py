@@ -89,7 +89,7 @@ def _insist(model, backend):
     "Raises UnsupportedError if a backend that was asked for does not serve every layer"
     if backend not in ('auto', 'compiled'): raise ConfigError(f"backend: {backend!r}, need 'auto' or 'compiled'; 'auto' takes the fastest there is")
     slow = [n for n,m in packed_parts(model) if not compiled(m.packed.device)]
-    if backend == 'compiled' and slow: raise UnsupportedError(f"backend 'compiled': not for {listing(slow)}, need layers on a CPU and numba installed; use backend='auto', or pip install numba")
+    if backend == 'compiled' and slow: raise UnsupportedError(f"backend 'compiled': not for {listing(slow)}, need layers on a CPU with llvmlite installed or on a GPU with triton; use backend='auto', or pip install llvmlite")
 
 def load_model(
     path, # folder or hub id of a quantized checkpoint

@@ -22,7 +22,7 @@ from .core import BLOCK_SIZE, CheckpointError, HLWQPerformanceWarning, Unsupport
 from .checkpoint import CheckpointWriter, entry_nbytes
 from .experts import HLWQExperts, PackedStack, experts_interface
 from .kernels import cpu
-from .linear import HLWQEmbedding, HLWQLinear, Packed, compiled
+from .linear import HLWQEmbedding, HLWQLinear, Packed, compiled, why_no_kernels
 from .lloyd_max import Codebook
 
 # %% ../nbs/21a_packed_model.ipynb #b0ae67d9
@@ -149,7 +149,8 @@ def backend_of(
     if kind == 'meta': return 'offloaded'
     if isinstance(m, HLWQEmbedding): return 'rows, decoded by torch'
     if getattr(m, 'cached', False): return 'dense, cached'
-    return 'compiled kernel' if compiled(m.packed.device) else f'torch, blocks of rows on {kind}'
+    if compiled(m.packed.device): return 'compiled kernel' if kind == 'cpu' else 'Triton kernels'
+    return f'torch, blocks of rows on {kind}'
 
 def hlwq_report(
     model:nn.Module, # a model with packed layers
@@ -167,11 +168,9 @@ def warn_if_slow(
     "Warns, once, if layers run in a way that is slower than it could be, with the reason"
     slow = {}
     for name,m in packed_parts(model):
-        device = m.packed.device
-        if backend_of(m).startswith('torch'): slow.setdefault(device.type, []).append(name)
+        if backend_of(m).startswith('torch'): slow.setdefault(m.packed.device.type, []).append(name)
     for kind,names in slow.items():
-        why = cpu.why_not() if kind == 'cpu' else f'there is no kernel for {kind} yet'
-        warn_once(f"{len(names)} packed layers on {kind} are decoded by torch, some rows at a time, at every call: {why}", HLWQPerformanceWarning)
+        warn_once(f"{len(names)} packed layers on {kind} are decoded by torch, some rows at a time, at every call: {why_no_kernels(torch.device(kind))}", HLWQPerformanceWarning)
 
 # %% ../nbs/21a_packed_model.ipynb #23c240d2
 def _dense_linear(m, dtype):
@@ -220,8 +219,8 @@ def _resident(m):
 
 def _matrices(name, m):
     "(key, width in the file, function that gives packed and norms) of each matrix of a packed part"
-    if isinstance(m, Packed): return [(name, lambda: (m.packed.data, m.norms))]
-    return [(f'{name}_e{e}', lambda e=e: (m.packed.data[e], m.norms[e])) for e in range(m.n_experts)]
+    if isinstance(m, Packed): return [(name, lambda: (m.disk, m.norms))]
+    return [(f'{name}_e{e}', lambda e=e: (m.disk(e), m.norms[e])) for e in range(m.n_experts)]
 
 @dataclass
 class _Entry:

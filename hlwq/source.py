@@ -6,7 +6,7 @@
 __all__ = ['Shard', 'read_header', 'Source', 'open_source']
 
 # %% ../nbs/04a_source.ipynb #b30ab6c3
-import hashlib,json,os,re
+import hashlib,json,os,re,threading
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -338,6 +338,18 @@ def open_source(
     return _open_folder(p)
 
 # %% ../nbs/04a_source.ipynb #844696e5
+_OPENING = threading.Lock()                                     # several threads may read one source
+
+@patch
+def _stored(self:Source, name):
+    "The label of a tensor whose bytes are there, or an error that says why not"
+    t = self.tensors.get(name)
+    if t is None: raise ConfigError(f"{self.path}: no tensor {name!r}, need one of its {len(self.tensors)}; see src.tensors")
+    if t.file is None:
+        raise ConfigError(
+            f"{self.path}: tensor {name!r} is known only from config.json, need the weights to read it; give the whole checkpoint")
+    return t
+
 @patch
 def read(self:Source,
     name:str, # key of the tensor
@@ -347,19 +359,28 @@ def read(self:Source,
     """Reads one tensor, or rows `start` to `stop` of it, into memory of its own.
 
     Raises CheckpointError if the file has become shorter, ConfigError for an unknown name or a source without weights."""
-    t = self.tensors.get(name)
-    if t is None: raise ConfigError(f"{self.path}: no tensor {name!r}, need one of its {len(self.tensors)}; see src.tensors")
-    if t.file is None:
-        raise ConfigError(
-            f"{self.path}: tensor {name!r} is known only from config.json, need the weights to read it; give the whole checkpoint")
-    shape,at,rows = t.shape,self.shards[t.file].offsets[name],slice(start, stop)
+    t = self._stored(name)
+    shape,at,rows = t.shape,0,slice(start, stop)
     if rows != slice(None):
         if not shape: raise ConfigError(f"{name}: a scalar, need rows to choose from; read it without start and stop")
         lo,hi,_ = rows.indices(shape[0])
-        at,shape = at + lo*prod(shape[1:])*t.itemsize,(max(hi-lo, 0), *shape[1:])
+        at,shape = lo*prod(shape[1:])*t.itemsize,(max(hi-lo, 0), *shape[1:])
     out = torch.empty(prod(shape)*t.itemsize, dtype=torch.uint8, device='cpu')     # also where somebody builds a model on another device
-    self._fill(t.file, out.numpy(), at)
+    self.read_into(name, out, at)
     return out.view(DTYPES[t.dtype]).reshape(shape)
+
+@patch
+def read_into(self:Source,
+    name:str, # key of the tensor
+    out:torch.Tensor, # uint8, contiguous, on the CPU: as many bytes are read as it holds
+    at:int=0, # first byte, counted from where the tensor begins
+):
+    """Reads bytes of one tensor into memory that is there already, such as memory that a GPU can fetch from by itself.
+
+    Raises CheckpointError if the file has become shorter, ConfigError for an unknown name, a source without weights or bytes beyond the tensor."""
+    t = self._stored(name)
+    if not 0 <= at <= t.nbytes - out.nbytes: raise ConfigError(f"{name}: bytes {at} to {at + out.nbytes}, need some of its {t.nbytes}; see src.tensors")
+    self._fill(t.file, out.numpy(), self.shards[t.file].offsets[name] + at)
 
 @patch
 def read_int64(self:Source,
@@ -374,7 +395,7 @@ def read_int64(self:Source,
 @patch
 def _fill(self:Source, file, buffer, at):
     "Reads bytes from position `at` until the buffer is full"
-    f = self._open.get(file) or self._open.setdefault(file, open(self.shards[file].path, 'rb', buffering=0))
+    with _OPENING: f = self._open.get(file) or self._open.setdefault(file, open(self.shards[file].path, 'rb', buffering=0))
     view,done = memoryview(buffer),0
     while done < len(view):                     # one call reads at most 2 GiB on Linux
         n = os.preadv(f.fileno(), [view[done:]], at+done)
