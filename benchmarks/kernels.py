@@ -48,8 +48,8 @@ def precompile(parts, n):
     start, command = time.perf_counter(), [sys.executable, __file__, '--only', ','.join(parts), '--share']
     running = [subprocess.Popen([*command, f'{i}/{n}'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'}) for i in range(n)]
     for i,p in enumerate(running):
-        said = p.communicate()[0].strip()
-        if said or p.returncode: print(f'share {i}, exit {p.returncode}: {said[-1500:]}', flush=True)
+        told = p.communicate()[0].strip()
+        if told or p.returncode: print(f"share {i}, exit {p.returncode}: {told[-1500:]}", flush=True)
     print(f'precompiled in {time.perf_counter()-start:.0f} s', flush=True)
 
 def show(table):

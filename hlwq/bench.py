@@ -83,7 +83,7 @@ def cycled(
     "Goes round through calls until there are enough to make the start of a graph negligible"
     return calls*ceil(least/len(calls))
 
-# %% ../nbs/83_bench.ipynb #97305f82
+# %% ../nbs/83_bench.ipynb #1c91ade0
 DEVICE = 'cuda'                                                # where all of it is computed
 
 @dataclass
@@ -92,7 +92,7 @@ class Operands:
     w:Tensor # (out_features, in_features) bfloat16
     tiles:Tensor # (n_tiles, n_blocks, bits, 32, 2) int32
     norms:Tensor # (out_features, n_blocks) float16
-    book:Codebook # on the CPU: hashing one on a GPU waits for it, and a graph cannot record that
+    book:Codebook # on the GPU
 
     @property
     def nbytes(self): return self.tiles.nbytes + self.norms.nbytes
@@ -132,7 +132,7 @@ def operand_set(
     seed:int=0, # another seed, another matrix
 ) -> Operands:
     "Makes one random matrix and quantizes it"
-    w, book = random_weights(out_features, in_features, seed=seed), codebook('lloyd-max', bits)
+    w, book = random_weights(out_features, in_features, seed=seed), codebook('lloyd-max', bits).to(DEVICE)
     return Operands(w, *packed_weights(w, book), book)
 
 def operand_sets(
@@ -169,7 +169,7 @@ def floor_us(
     "Tells how long reading takes at the rate of a copy"
     return nbytes/limits['copy_tb_s']/1e6
 
-# %% ../nbs/83_bench.ipynb #29503587
+# %% ../nbs/83_bench.ipynb #058e8730
 TOLERANCE = 6e-3                                               # relative, twice the rounding of bfloat16
 
 def relative_error(
@@ -196,9 +196,8 @@ def exact_product(
     "Computes the reference: on rotated activations for a few rows, with decoded weights for many"
     from hlwq.kernels.gemv import gemv_ref
     from hlwq.kernels.layout import untile_ref
-    book = s.book.to(x.device)
-    if len(x) <= 64: return gemv_ref(x, s.tiles, s.norms, book)
-    return x.float() @ dequantize_rows(untile_ref(s.tiles, len(s.norms)), s.norms, book, x.shape[1]).T
+    if len(x) <= 64: return gemv_ref(x, s.tiles, s.norms, s.book)
+    return x.float() @ dequantize_rows(untile_ref(s.tiles, len(s.norms)), s.norms, s.book, x.shape[1]).T
 
 def check_product(
     s:Operands, # a matrix
@@ -208,7 +207,7 @@ def check_product(
 
     Raises UnsupportedError if they disagree."""
     from hlwq.kernels.gemm import matmul
-    y = matmul(x, s.tiles, s.norms, s.book.to(x.device))
+    y = matmul(x, s.tiles, s.norms, s.book)
     return must_agree(f"{' x '.join(map(str, s.w.shape))} at {s.book.bits} bits, {len(x)} row{'s'*(len(x) > 1)}", relative_error(y, exact_product(x, s)))
 
 # %% ../nbs/83_bench.ipynb #442be27d
@@ -358,7 +357,7 @@ def kernel_table(
     return (('kernel', 'matrix', 'bits', 'rows', 'bf16, µs', 'ours, µs', 'bf16/ours', 'int4, µs', 'nf4, µs', 'floor, µs', 'error'),
         [(r['what'], f"{r['out_features']} x {r['in_features']}", str(r['bits']), str(r['M']), *(_text(r[k], '.2f') for k in ('bf16_us', 'ours_us', 'ratio', 'int4_us', 'nf4_us', 'floor_us')), _text(r['error'], '.4f')) for r in rows])
 
-# %% ../nbs/83_bench.ipynb #8d7d79b2
+# %% ../nbs/83_bench.ipynb #f00f4a82
 @dataclass
 class ExpertOperands:
     "One token's experts: packed, and gathered in bfloat16"
@@ -371,7 +370,7 @@ class ExpertOperands:
     h:Tensor # (topk, 2*inner) bfloat16, gate first: what the second product starts from
     act:Tensor # (topk, inner) bfloat16, silu(gate)*up
     weights:Tensor # (topk,) bfloat16, from the router
-    book:Codebook # on the CPU
+    book:Codebook # on the GPU
 
     @property
     def topk(self): return len(self.ids)
@@ -385,7 +384,7 @@ def expert_sets(
     n_layers:int=4, # layers
 ) -> list: # of ExpertOperands, n_experts//topk for each layer
     "Makes layers of random experts, and for each a token for every group of experts"
-    book, res = codebook('lloyd-max', bits), []
+    book, res = codebook('lloyd-max', bits).to(DEVICE), []
     for i in range(n_layers):
         w1, w2 = random_weights(n_experts, 2*inner, hidden, seed=2*i), random_weights(n_experts, hidden, inner, seed=2*i + 1)
         p1, p2 = packed_weights(w1, book), packed_weights(w2, book)

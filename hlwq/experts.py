@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'expert_linear_ref', 'expert_blocks', 'dense_experts', 'packed_expert_linear', 'expert_linear', 'expert_layer',
-           'PackedStack', 'experts_interface', 'HLWQExperts']
+           'PackedStack', 'experts_interface', 'is_swiglu', 'HLWQExperts']
 
 # %% ../nbs/21_experts.ipynb #316bf69b
 import sys
@@ -15,12 +15,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/21_experts.ipynb #4278b6ae
+# %% ../nbs/21_experts.ipynb #facfd296
 from .core import BLOCK_SIZE, ConfigError, UnsupportedError
 from .hadamard import fwht
 from .kernels import cpu
 from .kernels.cpu import packed_matmul_experts_ref, rotate_ref
-from .linear import _INT_OF, _gemm, bits_norm, book_key, book_on, check_operands, dense_rows, disk_order, norm_bits, on_cpu, place_codes_, rotate_fast, row_blocks, tiled
+from .linear import _INT_OF, _gemm, bits_norm, book_key, book_on, check_operands, dense_rows, disk_order, norm_bits, on_cpu, place_codes_, replace_data_, rotate_fast, row_blocks, tiled
 from .lloyd_max import Codebook
 from .quantize import QuantizedTensor, dequantize_rows
 
@@ -189,7 +189,7 @@ def expert_layer(
     moe = _moe(up)
     return moe.expert_layer(x, ids.long(), weights, (up, bits_norm(up_bits), book_on(up_book, x.device)), (down, bits_norm(down_bits), book_on(down_book, x.device)))
 
-# %% ../nbs/21_experts.ipynb #069b714a
+# %% ../nbs/21_experts.ipynb #52afa9da
 class PackedStack(nn.Module):
     "Holds the packed matrices of all experts, one after the other"
     def __init__(self,
@@ -240,7 +240,7 @@ def _save_to_state_dict(self:PackedStack, destination, prefix, keep_vars):
 
 @patch
 def _load_from_state_dict(self:PackedStack, state_dict, prefix, *args):
-    if tiled(self.packed): self.packed.data = self.disk()
+    if tiled(self.packed): replace_data_(self.packed, lambda p: disk_order(p, self.out_features))
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
     self.place_()
 
@@ -279,7 +279,7 @@ def from_quantized(cls:PackedStack,
     m.norm_bits = nn.Parameter(norm_bits(torch.stack(norms)), requires_grad=False)
     return m
 
-# %% ../nbs/21_experts.ipynb #1ce1324f
+# %% ../nbs/21_experts.ipynb #454a47bc
 def experts_interface(
     module:nn.Module, # any module
 ) -> bool:
@@ -288,6 +288,14 @@ def experts_interface(
     names = ('gate_up_proj' if module.has_gate else 'up_proj', 'down_proj')
     known = {*names, *(f'{n}_bias' for n in names if module.has_bias)}
     return {n for n,p in module._parameters.items() if p is not None} == known and not module._buffers    # one with more computes something else
+
+def is_swiglu(
+    module:nn.Module, # a stack of experts that describes itself
+) -> bool:
+    "Tells whether silu(gate)*up is all there is between the projections, as one kernel computes it"
+    default = getattr(sys.modules.get('transformers.integrations.moe'), '_default_apply_gate', None)
+    plain = module.has_gate and not module.has_bias and not getattr(module, 'has_post_expert_norm', False) and default is not None
+    return plain and getattr(type(module), '_apply_gate', None) is default and type(module.act_fn).__name__ in ('SiLU', 'SiLUActivation')
 
 class HLWQExperts(nn.Module):
     """Replaces a model's experts by two packed stacks.
@@ -300,6 +308,7 @@ class HLWQExperts(nn.Module):
     ):
         super().__init__()
         self.w13, self.w2, self.has_bias, self.has_gate = w13, w2, original.has_bias, original.has_gate
+        self.swiglu = is_swiglu(original) and w2.in_features % 8 == 0
         self.is_transposed, self.num_experts, self.config = original.is_transposed, w2.n_experts, original.config
         self.has_post_expert_norm = getattr(original, 'has_post_expert_norm', False)
         for n in self.names: original._parameters.pop(n, None)
@@ -331,13 +340,6 @@ def forward(self:HLWQExperts,
     y = self._add_bias(self.w2(h, pairs, ids, way), 1, ids)
     if self.has_post_expert_norm: y = self.shell.post_expert_norm(y)
     return (y*top_k_weights.reshape(-1, 1)).view(T, k, -1).sum(1).to(hidden_states.dtype)
-
-@patch(as_prop=True)
-def swiglu(self:HLWQExperts): # True or False
-    "Says whether silu(gate)*up is all there is between the projections, as one kernel computes it"
-    from_transformers = getattr(sys.modules.get('transformers.integrations.moe'), '_default_apply_gate', None)
-    plain = self.has_gate and not self.has_bias and not self.has_post_expert_norm and from_transformers is not None
-    return plain and getattr(type(self.shell), '_apply_gate', None) is from_transformers and type(self.shell.act_fn).__name__ in ('SiLU', 'SiLUActivation') and self.w2.in_features % 8 == 0
 
 @patch
 def _add_bias(self:HLWQExperts, y, i, ids): return y + getattr(self, f'{self.names[i]}_bias')[ids] if self.has_bias else y

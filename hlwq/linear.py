@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['linear_ref', 'norm_bits', 'bits_norm', 'book_key', 'book_on', 'row_blocks', 'on_cpu', 'why_no_kernels', 'gpu_kernels',
            'compiled', 'tiled', 'disk_order', 'dense_rows', 'rotate_fast', 'check_operands', 'packed_linear',
-           'packed_linear_t', 'linear', 'Packed', 'place_codes_', 'HLWQLinear', 'DenseWeight', 'PackedWeight',
-           'HLWQEmbedding']
+           'packed_linear_t', 'linear', 'Packed', 'place_codes_', 'replace_data_', 'HLWQLinear', 'DenseWeight',
+           'PackedWeight', 'HLWQEmbedding']
 
 # %% ../nbs/20_linear.ipynb #35a0a6a0
 import zlib
@@ -281,17 +281,25 @@ def _apply(self:Packed, fn, recurse=True):
     self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype    # what a cast of the model would do to a dense weight
     return nn.Module._apply(self, fn, recurse).place_()
 
-# %% ../nbs/20_linear.ipynb #5ce0e3a3
+# %% ../nbs/20_linear.ipynb #9cdde9c0
 def place_codes_(
     packed:nn.Parameter, # codes in either order, of one matrix or of a stack
     out_features:int, # rows of a matrix
     bits:int, # bits per code
 ):
     "Brings codes into the order that suits their device, in place"
-    want = not packed.is_meta and gpu_kernels(packed.device) is not None
-    if packed.is_meta or want == tiled(packed) or torch.compiler.is_compiling() or (packed.is_cuda and torch.cuda.is_current_stream_capturing()): return
+    if torch.compiler.is_compiling() or packed.is_meta or (packed.is_cuda and torch.cuda.is_current_stream_capturing()): return
+    want = gpu_kernels(packed.device) is not None
+    if want == tiled(packed): return
     from hlwq.kernels.layout import to_tiles
-    with torch.inference_mode(False), torch.no_grad(): packed.data = to_tiles(packed.data, bits) if want else disk_order(packed.data, out_features)
+    replace_data_(packed, lambda p: to_tiles(p, bits) if want else disk_order(p, out_features))
+
+def replace_data_(
+    p:nn.Parameter, # a parameter
+    f, # gives its new content
+):
+    "Gives a parameter another content, of the kind that it is: one made in inference mode cannot hold an ordinary tensor"
+    with torch.inference_mode(p.is_inference()), torch.no_grad(): p.data = f(p.data)
 
 @patch
 def place_(self:Packed):
@@ -316,7 +324,7 @@ def _save_to_state_dict(self:Packed, destination, prefix, keep_vars):
 
 @patch
 def _load_from_state_dict(self:Packed, state_dict, prefix, *args):
-    if tiled(self.packed): self.packed.data = self.disk
+    if tiled(self.packed): replace_data_(self.packed, lambda p: disk_order(p, self.out_features))
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
     self.place_()
 
