@@ -37,7 +37,24 @@ def main():
         row('the same: logits finite; packed layers against dequantized ones, error over that of bf16 arithmetic', 'finite; about 1', f"{'finite' if g['finite'] else 'NOT finite'}; at most {g['worst_ratio_to_bf16']:.2f}", g['finite'] and g['worst_ratio_to_bf16'] < 2, 'full-size'),
         row('torch.compile(fullgraph=True) of a packed dense model: graph breaks', '0', str(sum(r['graph_breaks'] for r in comp['rows'])), not any(r['graph_breaks'] for r in comp['rows']), 'packed-compile'),
         row('SmolLM2-135M, one CPU stream: packed Q5 against float32', 'dequantizing must not dominate', f"{speed['packed, 5 bits, bfloat16']:.0f} and {speed['packed, 5 bits, float32']:.0f} (bf16, fp32 activations) against {speed['original, float32']:.0f} tokens/s", speed['packed, 5 bits, float32'] > speed['original, float32'], 'packed-decode')]
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size') and not f.stem.startswith('packed-')]
+    kern, st = result('kernels'), result('stream-experts-cuda')
+    one = {(r['out_features'], r['in_features'], r['bits'], r['M']):r for p in ('gemv', 'small', 'large') for r in kern['parts'][p]}
+    def against(shapes, bits, M, least): return [(one[(*s, bits, M)]['ratio'], t) for s,t in zip(shapes, least)]
+    def ratios(what, shapes, bits, M, least):
+        got = against(shapes, bits, M, least)
+        return row(f"{what}, in units of bfloat16", ', '.join(f'{t}x' for _,t in got), ', '.join(f'{r:.2f}x' for r,_ in got), all(r >= t for r,t in got), 'kernels')
+    layer, q5 = next(r for r in kern['parts']['experts'] if r['what'] == 'layer' and r['bits'] == 5), next(r for r in kern['parts']['quantize'] if (r['what'], r['dtype'], r['bits']) == ('quantize', 'bfloat16', 5))
+    big, wide = [(4096, 4096), (8192, 2048), (14336, 4096)], (14336, 4096)
+    rows += [
+        row(f"{kern['gpu']['gpu']}: quantize 33.6e9 bfloat16 weights to 5 bits, bytes as on disk", 'at most 60 ms', f"{1e3*q5['model_seconds']:.0f} ms", q5['model_seconds'] <= .06, 'kernels'),
+        row(f"the same: convert {st['source_bytes']/1e9:.1f} GB of expert layers from disk to disk, in units of copying the bytes", 'at most 1.25', f"{st['ratio']:.2f}", st['ratio'] <= 1.25, 'stream-experts-cuda'),
+        ratios('one token, 5 bits, 4096 x 4096, 8192 x 2048, 14336 x 4096, rotation included', big, 5, 1, (2.3, 2.1, 2.5)),
+        ratios('one token, 14336 x 4096, 4 bits', [wide], 4, 1, (2.9,)), ratios('one token, 14336 x 4096, 3 bits', [wide], 3, 1, (3.2,)),
+        ratios('one token, 5 bits, 2048 x 2048, 512 x 2048', [(2048, 2048), (512, 2048)], 5, 1, (1.6, 1.6)),
+        row('8 experts, gate_up, SiLU and down, 5 bits, in units of the bare bfloat16 products', '2.0x', f"{layer['ratio_bmm']:.2f}x (with SiLU and sum on both sides {layer['ratio']:.2f}x)", layer['ratio_bmm'] >= 2, 'kernels'),
+        ratios('8 rows, 5 bits, 4096 x 4096, 14336 x 4096', [big[0], wide], 5, 8, (1.2, 1.2)), ratios('16 rows, 5 bits, 4096 x 4096, 14336 x 4096', [big[0], wide], 5, 16, (1.2, 1.2)),
+        row('512, 2048, 4096 rows, 5 bits, 4096 x 4096, in units of bfloat16', '0.75x, 0.90x, 0.95x', ', '.join(f"{one[4096, 4096, 5, m]['ratio']:.2f}x" for m in (512, 2048, 4096)), all(one[4096, 4096, 5, m]['ratio'] >= t for m,t in ((512, .75), (2048, .9), (4096, .95))), 'kernels')]
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -60,7 +60,7 @@ def rotated_fragments(
         _rotate_kernel[(ceil(M*nb/(8*w)),)](x, out if rows is None else rows, out, M, K, NB=nb, W=w, GATHER=rows is not None, EARLY=early, DT=TL_DTYPE[x.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))
     return out
 
-# %% ../../nbs/13_gemm.ipynb #bd737bde
+# %% ../../nbs/13_gemm.ipynb #1e9c958e
 @triton.jit
 def _add4(a0, a1, a2, a3, b0, b1, b2, b3): return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
@@ -75,7 +75,7 @@ def _small_kernel(XF, T, NORMS, TABLE, OUT, EXPERTS, M, rows, t_stride, n_stride
     tile = tl.program_id(0)*WR + (tid >> 5)//WK
     part = tl.program_id(1)                                    # 8*NT rows of x
     table = lane_table(TABLE, lane, 16 if BITS == 2 else 1 << BITS, BITS)
-    zero = lane.to(tl.float32)*0
+    zero = tl.zeros((32*W,), tl.float32)
     live = tile*16 < rows
     if GROUPED:
         wait_for_predecessor(EARLY)

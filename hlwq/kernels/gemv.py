@@ -133,7 +133,7 @@ def rotated_columns(v, DT: tl.constexpr):
     for i in tl.static_range(16): r = r + (pack2(v[2*i]*0.0078125, v[2*i + 1]*0.0078125, DT),)
     return r
 
-# %% ../../nbs/12_gemv.ipynb #5a902a98
+# %% ../../nbs/12_gemv.ipynb #e90a050f
 @triton.jit
 def _load_tile(T, NORMS, tile, b, rows, lane, NB: tl.constexpr, BITS: tl.constexpr):
     "Words and norms of one tile, zeros where there is none"
@@ -223,7 +223,7 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
     tile = first + ((tid >> 5)//WK)*TILES
     y = tl.program_id(1)
     table = lane_table(TABLE, lane, 16 if BITS == 2 else 1 << BITS, BITS)
-    zero = lane.to(tl.float32)*0
+    zero = tl.zeros((32*W,), tl.float32)
     start = zero
     if MODE == 1:
         wait_for_predecessor(EARLY)                            # that may be the router
@@ -262,12 +262,12 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
         present = following
     _add_up(sums, OUT + y.to(tl.int64)*rows, first, rows, q, W, WK, TILES, DT)
 
-# %% ../../nbs/12_gemv.ipynb #ab78bfa7
+# %% ../../nbs/12_gemv.ipynb #98777dca
 @lru_cache(maxsize=16)
 def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
 
-GEMV_SHAPES = {}                                               # (GPU name, n_blocks, tiles, bits) -> (warps, of which along a row, tiles a warp); from benchmarks/kernels.py --tune
+GEMV_SHAPES = {}                                               # (GPU name, n_blocks, tiles, bits) -> (warps, of which along a row, tiles a warp); `hlwq.bench.tune_gemv` finds them
 
 def gemv_shape(
     n_tiles:int, # row tiles, 16 rows each

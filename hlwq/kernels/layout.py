@@ -38,10 +38,11 @@ def untile_ref(
     by = tiles.permute(0, 1, 3, 4, 2).contiguous().view(torch.uint8).view(n, nb, 8, 4, 2, bits, 4).flip(-1).reshape(n, nb, 8, 4, 2, 4, bits)
     return by.permute(0, 4, 2, 1, 5, 3, 6).reshape(n*16, -1)[:out_features].contiguous()
 
-# %% ../../nbs/10_layout.ipynb #575b18af
+# %% ../../nbs/10_layout.ipynb #d205c30f
 import triton
 import triton.language as tl
 
+# %% ../../nbs/10_layout.ipynb #adeb73ba
 @triton.jit
 def _tile_kernel(P, T, out_features, n_words, NB: tl.constexpr, BITS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)            # 64-bit: a stack of experts has more than 2**31 bytes
