@@ -2,17 +2,18 @@
 
     python benchmarks/kernels.py --precompile 16 --write       # needs a CUDA device; writes docs/results/kernels.json and kernels.md
     python benchmarks/kernels.py --only gemv,experts           # some of gemv, small, large, experts, quantize
+    python benchmarks/kernels.py --tune                        # tries shapes of the one-token kernel; better ones go to hlwq/assets/gemv_shapes.json
 
 A row is printed as soon as it is known, and --write writes after each part. --precompile N first compiles the kernels in N processes, which check their share of
 the cases without timing anything: Triton keeps what it compiled on disk, but compiles one kernel at a time.
 """
-import argparse, os, subprocess, sys, time
+import argparse, json, os, subprocess, sys, time
 from itertools import groupby
 
 import torch
 from common import about, said, save
 from hlwq import bench
-from hlwq.core import BITS, HLWQError
+from hlwq.core import BITS, HLWQError, asset_path
 
 EXPERT_BITS = (5, 4)
 DTYPES = dict(bfloat16=torch.bfloat16, float32=torch.float32)
@@ -85,16 +86,30 @@ def page(r):
     lines += ['', *(f'- {n}' for n in notes), *(f'- FAILED: {f}' for f in r['failed']), '', said(r)]
     return '\n'.join(lines)
 
+def tune():
+    "Tries shapes for the matrices of the first part, and keeps those that beat the rule by three percent"
+    from hlwq.kernels.gemv import gemv_shape, shape_key
+    path, name = asset_path('gemv_shapes.json'), torch.cuda.get_device_name()
+    for n,k,bits,_ in bench.PARTS['gemv']:
+        found, rule = bench.tune_gemv(n, k, bits), gemv_shape(-(-n//16), -(-k//128), bits, torch.device('cuda', 0))
+        us = dict((c, u) for u,c in found)
+        print(f"{n} x {k} at {bits} bits: rule {rule} {us.get(rule, float('nan')):.2f} us;", '  '.join(f'{c} {u:.2f}' for u,c in found[:5]), flush=True)
+        if found[0][0] < .97*us.get(rule, float('inf')):
+            table = json.loads(path.read_text())
+            table.setdefault(name, {})[shape_key(-(-n//16)*16, -(-k//128)*128, bits)] = found[0][1]
+            path.write_text(json.dumps(table, indent=1, sort_keys=True) + '\n')
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--only', default=','.join(TITLES), help='parts, separated by commas'); p.add_argument('--write', action='store_true')
-    p.add_argument('--precompile', type=int, default=0, metavar='N'); p.add_argument('--share', help=argparse.SUPPRESS)
+    p.add_argument('--precompile', type=int, default=0, metavar='N'); p.add_argument('--share', help=argparse.SUPPRESS); p.add_argument('--tune', action='store_true')
     a = p.parse_args()
     parts = a.only.split(',')
     if not set(parts) <= set(TITLES): p.error(f"--only {a.only}: need some of {', '.join(TITLES)}")
     try: bench.require_gpu()
     except HLWQError as e: sys.exit(str(e))
     if a.share: return check_share(parts, a.share)
+    if a.tune: return tune()
     if a.precompile: precompile(parts, a.precompile)
     r = dict(about(), gpu=bench.machine(), ceilings=bench.ceilings(), parts={}, failed=[])
     print(r['gpu'], r['ceilings'], flush=True)

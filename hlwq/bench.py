@@ -7,9 +7,10 @@ __all__ = ['DEVICE', 'TOLERANCE', 'SHAPES', 'PARTS', 'MODEL_WEIGHTS', 'require_g
            'random_weights', 'packed_weights', 'n_sets', 'operand_set', 'operand_sets', 'ceilings', 'floor_us',
            'relative_error', 'must_agree', 'exact_product', 'check_product', 'bf16_calls', 'our_calls', 'int4_calls',
            'nf4_calls', 'competitor_us', 'kernel_cases', 'parse_shapes', 'parse_numbers', 'parse_bits', 'kernel_name',
-           'kernel_row', 'bench_kernels', 'kernel_table', 'ExpertOperands', 'expert_sets', 'our_experts',
-           'check_experts', 'bf16_experts', 'bench_experts', 'expert_table', 'check_quantize', 'quantize_row',
-           'bench_quantize', 'quantize_table', 'driver_version', 'machine', 'BenchResult', 'run_bench']
+           'kernel_row', 'bench_kernels', 'kernel_table', 'shape_candidates', 'tune_gemv', 'ExpertOperands',
+           'expert_sets', 'our_experts', 'check_experts', 'bf16_experts', 'bench_experts', 'expert_table',
+           'check_quantize', 'quantize_row', 'bench_quantize', 'quantize_table', 'driver_version', 'machine',
+           'BenchResult', 'run_bench']
 
 # %% ../nbs/83_bench.ipynb #70795153
 import platform, re, statistics
@@ -356,6 +357,38 @@ def kernel_table(
     "Lays out products of single matrices"
     return (('kernel', 'matrix', 'bits', 'rows', 'bf16, µs', 'ours, µs', 'bf16/ours', 'int4, µs', 'nf4, µs', 'floor, µs', 'error'),
         [(r['what'], f"{r['out_features']} x {r['in_features']}", str(r['bits']), str(r['M']), *(_text(r[k], '.2f') for k in ('bf16_us', 'ours_us', 'ratio', 'int4_us', 'nf4_us', 'floor_us')), _text(r['error'], '.4f')) for r in rows])
+
+# %% ../nbs/83_bench.ipynb #c5345f01
+def shape_candidates(
+    n_tiles:int, # row tiles
+    n_blocks:int, # blocks in a row
+    sms:int=132, # multiprocessors
+) -> list: # (warps, of which along a row, tiles a warp)
+    "Lists shapes worth trying: enough programs for half of the multiprocessors, none with more than 16 tiles in flight a warp"
+    res = []
+    for w in (4, 8, 16, 32):
+        for wk in (k for k in (1, 2, 4, 8, 16, 32) if w//8 <= k <= min(w, n_blocks) and ceil(n_blocks/k) <= 8):
+            for t in (1, 2, 3, 4, 7, 8):
+                programs = ceil(n_tiles/(w//wk*t))
+                if t*ceil(n_blocks/wk) <= 16 and (t == 1 or programs >= sms//2) and programs <= 16*sms: res.append((w, wk, t))
+    return res
+
+def tune_gemv(
+    out_features:int, # rows
+    in_features:int, # columns
+    bits:int=5, # bits per code
+    candidates:list=None, # shapes; by default shape_candidates
+) -> list: # (microseconds, shape), the fastest first
+    """Tries shapes for one token and one matrix.
+
+    Raises UnsupportedError without a GPU, or if a shape gives a wrong result."""
+    require_gpu()
+    from hlwq.kernels.gemv import gemv
+    sets, x, res = operand_sets(out_features, in_features, bits), random_weights(1, in_features, seed=1, std=1), []
+    for c in candidates or shape_candidates(*sets[0].tiles.shape[:2], torch.cuda.get_device_properties(DEVICE).multi_processor_count):
+        must_agree(f'gemv with shape {c}', relative_error(gemv(x, sets[0].tiles, sets[0].norms, sets[0].book, c), exact_product(x, sets[0])))
+        res.append((1e6*graph_seconds(cycled([partial(gemv, x, s.tiles, s.norms, s.book, c) for s in sets])), c))
+    return sorted(res)
 
 # %% ../nbs/83_bench.ipynb #f00f4a82
 @dataclass
