@@ -15,12 +15,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/21_experts.ipynb #facfd296
+# %% ../nbs/21_experts.ipynb #92d5dbfb
 from .core import BLOCK_SIZE, ConfigError, UnsupportedError
 from .hadamard import fwht
 from .kernels import cpu
 from .kernels.cpu import packed_matmul_experts_ref, rotate_ref
-from .linear import _INT_OF, _gemm, bits_norm, book_key, book_on, check_operands, dense_rows, disk_order, norm_bits, on_cpu, place_codes_, replace_data_, rotate_fast, row_blocks, tiled
+from .linear import _INT_OF, _gemm, bits_norm, book_key, book_on, check_operands, dense_rows, codes_moved, disk_order, norm_bits, on_cpu, place_codes_, replace_data_, rotate_fast, row_blocks, tiled
 from .lloyd_max import Codebook
 from .quantize import QuantizedTensor, dequantize_rows
 
@@ -189,7 +189,7 @@ def expert_layer(
     moe = _moe(up)
     return moe.expert_layer(x, ids.long(), weights, (up, bits_norm(up_bits), book_on(up_book, x.device)), (down, bits_norm(down_bits), book_on(down_book, x.device)))
 
-# %% ../nbs/21_experts.ipynb #52afa9da
+# %% ../nbs/21_experts.ipynb #9e67c130
 class PackedStack(nn.Module):
     "Holds the packed matrices of all experts, one after the other"
     def __init__(self,
@@ -215,6 +215,7 @@ class PackedStack(nn.Module):
     @property
     def nbytes(self): return self.packed.nbytes + self.norm_bits.nbytes
     def extra_repr(self): return f'{self.n_experts} x ({self.out_features}, {self.in_features}), bits={self.bits}, codebook={self.book.name!r}'
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_order'}
     def __setstate__(self, state): super().__setstate__(state); book_key(self.book)            # another process has not seen it
 
 @patch
@@ -228,7 +229,14 @@ def disk(self:PackedStack,
 def place_(self:PackedStack):
     "Brings the codes into the order that suits their device; called whenever the stack is moved or used"
     place_codes_(self.packed, self.out_features, self.bits)
+    self.__dict__['_order'] = self.packed.device, self.packed.dtype
     return self
+
+@patch
+def in_order(self:PackedStack) -> Tensor: # the codes
+    "Gives the codes, in the order that suits their device"
+    if not torch.compiler.is_compiling() and codes_moved(self): self.place_()                              # somebody did that to the parameter and not to the stack
+    return self.packed
 
 @patch
 def _apply(self:PackedStack, fn, recurse=True): return nn.Module._apply(self, fn, recurse).place_()
@@ -263,7 +271,7 @@ def dequantize(self:PackedStack,
 @patch
 def forward(self:PackedStack, x, rows, ids, way='grouped_mm'):
     if self.packed.is_meta: raise UnsupportedError("PackedStack: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
-    self.place_()
+    self.in_order()
     if x.shape[-1] != self.in_features: raise ConfigError(f"experts: activations of width {x.shape[-1]}, need {self.in_features}; check what comes before them")
     return expert_linear(x, rows, ids, self.packed, self.norm_bits, self.key, way)
 
@@ -279,7 +287,7 @@ def from_quantized(cls:PackedStack,
     m.norm_bits = nn.Parameter(norm_bits(torch.stack(norms)), requires_grad=False)
     return m
 
-# %% ../nbs/21_experts.ipynb #454a47bc
+# %% ../nbs/21_experts.ipynb #74f70c40
 def experts_interface(
     module:nn.Module, # any module
 ) -> bool:
@@ -332,7 +340,7 @@ def forward(self:HLWQExperts,
 
     Raises UnsupportedError for an `experts_implementation` that computes from dense weights."""
     way, (T, k) = self.way, top_k_index.shape
-    if T*k <= 32 and self.swiglu and tiled(self.w13.place_().packed) and tiled(self.w2.place_().packed) and hidden_states.dtype in (torch.float16, torch.bfloat16) and not (hidden_states.requires_grad and torch.is_grad_enabled()):
+    if T*k <= 32 and self.swiglu and hidden_states.dtype in (torch.float16, torch.bfloat16) and tiled(self.w13.in_order()) and tiled(self.w2.in_order()) and not (hidden_states.requires_grad and torch.is_grad_enabled()):
         return expert_layer(hidden_states, top_k_index, top_k_weights, self.w13.packed, self.w13.norm_bits, self.w13.key, self.w2.packed, self.w2.norm_bits, self.w2.key)
     ids, pairs = top_k_index.reshape(-1), torch.arange(T*k, device=hidden_states.device)
     h = self._add_bias(self.w13(hidden_states, pairs//k, ids, way), 0, ids)

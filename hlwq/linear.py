@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['linear_ref', 'norm_bits', 'bits_norm', 'book_key', 'book_on', 'row_blocks', 'on_cpu', 'why_no_kernels', 'gpu_kernels',
            'compiled', 'tiled', 'disk_order', 'dense_rows', 'rotate_fast', 'check_operands', 'packed_linear',
-           'packed_linear_t', 'linear', 'Packed', 'place_codes_', 'replace_data_', 'HLWQLinear', 'DenseWeight',
-           'PackedWeight', 'HLWQEmbedding']
+           'packed_linear_t', 'linear', 'Packed', 'place_codes_', 'codes_moved', 'replace_data_', 'HLWQLinear',
+           'DenseWeight', 'PackedWeight', 'HLWQEmbedding']
 
 # %% ../nbs/20_linear.ipynb #35a0a6a0
 import zlib
@@ -236,7 +236,7 @@ def linear(
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()): return _linear(x, packed, bits, book)
     return packed_linear(x, packed, bits_norm(bits), book_on(book, x.device))
 
-# %% ../nbs/20_linear.ipynb #75e2d4bd
+# %% ../nbs/20_linear.ipynb #7549c014
 class Packed(nn.Module):
     "What layers with packed weights share: codes, norms, and the dense weight that they stand for"
     def _make(self, out_features, in_features, book, device, dtype, norms_dtype):
@@ -258,7 +258,7 @@ class Packed(nn.Module):
     def disk(self): return disk_order(self.packed.data, self.out_features)
     @property
     def quantized(self): return QuantizedTensor(self.disk, self.norms, (self.out_features, self.in_features), self.bits, self.book)
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_dense'}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_dense', '_order')}
     def __setstate__(self, state): nn.Module.__setstate__(self, state); book_key(self.book)      # another process has not seen it
 
 @patch
@@ -273,7 +273,7 @@ def _in_memory(self:Packed):
     "Raises UnsupportedError for a layer that has no content yet; brings codes into order that somebody else has moved"
     if self.packed.is_meta:
         raise UnsupportedError(f"{type(self).__name__}: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
-    self.place_()
+    if not torch.compiler.is_compiling() and codes_moved(self): self.place_()                              # somebody did that to the parameter and not to the layer
 
 @patch
 def _apply(self:Packed, fn, recurse=True):
@@ -281,7 +281,7 @@ def _apply(self:Packed, fn, recurse=True):
     self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype    # what a cast of the model would do to a dense weight
     return nn.Module._apply(self, fn, recurse).place_()
 
-# %% ../nbs/20_linear.ipynb #9cdde9c0
+# %% ../nbs/20_linear.ipynb #dd54714b
 def place_codes_(
     packed:nn.Parameter, # codes in either order, of one matrix or of a stack
     out_features:int, # rows of a matrix
@@ -294,6 +294,12 @@ def place_codes_(
     from hlwq.kernels.layout import to_tiles
     replace_data_(packed, lambda p: to_tiles(p, bits) if want else disk_order(p, out_features))
 
+def codes_moved(
+    m:nn.Module, # a packed layer or stack
+) -> bool:
+    "Tells whether the codes are elsewhere, or others, than when their order was looked at last"
+    return m.__dict__.get('_order') != (m.packed.device, m.packed.dtype)
+
 def replace_data_(
     p:nn.Parameter, # a parameter
     f, # gives its new content
@@ -305,6 +311,7 @@ def replace_data_(
 def place_(self:Packed):
     "Brings the codes into the order that suits their device; called whenever the layer is moved or used"
     place_codes_(self.packed, self.out_features, self.bits)
+    self.__dict__['_order'] = self.packed.device, self.packed.dtype
     return self
 
 @patch

@@ -135,6 +135,11 @@ def test_experts_in_two_kernels(gpu, layer, monkeypatch):
     layer.swiglu = True
     assert error(layer(x.float(), ids, weights), want) < 1e-5 and len(calls) == 1          # the matrix unit would round
 
+def test_the_layer_operation_is_known_to_torch(gpu, layer):
+    up, down = layer.w13.place_(), layer.w2.place_()
+    args = torch.randn(1, 64).bfloat16(), torch.tensor([[1]]), torch.rand(1, 1), up.packed.data, up.norm_bits.data, up.key, down.packed.data, down.norm_bits.data, down.key
+    torch.library.opcheck(torch.ops.hlwq.expert_layer.default, args, test_utils=('test_schema', 'test_faketensor'))
+
 def test_stacks_change_order_too(gpu, layer):
     s = layer.w13
     want = s.disk().clone()
@@ -160,3 +165,8 @@ def test_gradients_through_experts(gpu, layer):
 def test_the_report_names_the_kernels(gpu):
     m = nn.Sequential(HLWQLinear.from_quantized(packed_matrix()).place_())
     assert 'torch' not in str(hlwq.hlwq_report(m))
+
+def test_a_layer_that_never_ran_compiles_whole():
+    q = packed_matrix(16, 128)
+    x = torch.randn(2, 128)
+    assert torch.allclose(torch.compile(HLWQLinear.from_quantized(q), fullgraph=True, backend='eager')(x), x @ q.dequantize().T, atol=1e-4)
