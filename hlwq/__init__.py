@@ -24,6 +24,7 @@ _modules = dict(
     packed_model='hlwq_report',
     hf='HLWQConfig HLWQQuantizer',
     load='load_model',
+    generate='generate HLWQGenerator GenerationReport',
     evaluate='perplexity kl_divergence compare',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}

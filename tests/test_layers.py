@@ -28,6 +28,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
     hf='core checkpoint convert kernels.quantize linear lloyd_max packed_model quantize recipe source',
     load='core checkpoint hf linear packed_model',
+    generate='core',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',

@@ -25,7 +25,7 @@ from .layout import on_device
 from .quantize import TL_DTYPE
 from .lanes import PTX, bfly, butterflies32, early_start, ld4, load_block, mma, narrow, pack2, st4, store_block, wait_for_predecessor
 
-# %% ../../nbs/13_gemm.ipynb #54aa68ce
+# %% ../../nbs/13_gemm.ipynb #701f81ff
 @triton.jit
 def _rotate_kernel(X, SRC, OUT, n, K, NB: tl.constexpr, W: tl.constexpr, GATHER: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr):
     wait_for_predecessor(EARLY)
@@ -60,7 +60,7 @@ def rotated_fragments(
         _rotate_kernel[(ceil(M*nb/(8*w)),)](x, out if rows is None else rows, out, M, K, NB=nb, W=w, GATHER=rows is not None, EARLY=early, DT=TL_DTYPE[x.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))
     return out
 
-# %% ../../nbs/13_gemm.ipynb #1e9c958e
+# %% ../../nbs/13_gemm.ipynb #fb537cdc
 @triton.jit
 def _add4(a0, a1, a2, a3, b0, b1, b2, b3): return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
@@ -151,7 +151,7 @@ def launch_small(xf, tiles, norms, book, out, experts, M, rows, shape, nt, group
         _small_kernel[(ceil(n/(w//wk)), len(experts) if grouped else ceil(M/(8*nt)))](xf, tiles.view(torch.int64), norms, _pair_table(book, xf.device, xf.dtype), out, experts, M, rows, n*nb*bits*32, rows*nb,
             NB=nb, BITS=bits, W=w, WK=wk, NT=nt, GROUPED=grouped, EARLY=early, DT=TL_DTYPE[xf.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))
 
-# %% ../../nbs/13_gemm.ipynb #0c3330b7
+# %% ../../nbs/13_gemm.ipynb #f5fef35b
 @triton.jit
 def _dense_kernel(T, NORMS, TABLE, OUT, rows, K, n, NB: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, DT: tl.constexpr):
     tid = tl.arange(0, 32*W)

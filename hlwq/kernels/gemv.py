@@ -38,7 +38,7 @@ def gemv_ref(
     if dtype: xr, c = xr.to(dtype).float(), c.to(dtype).float()
     return packed_matmul_ref(xr*BLOCK_SIZE**.5, untile_ref(tiles, len(norms)), norms, c, book.bits)
 
-# %% ../../nbs/12_gemv.ipynb #4aebc571
+# %% ../../nbs/12_gemv.ipynb #8c8b8d1b
 @triton.jit
 def _stream(words, AT: tl.constexpr, N: tl.constexpr):
     "N bits from bit AT of a lane's words, in the low bits; what stands above is not cleared"
@@ -102,7 +102,7 @@ def _pair_table(book, device, dtype):
     if book.bits == 2: c = (c[:, None] | (c[None] << 16)).flatten()
     return c.to(device)
 
-# %% ../../nbs/12_gemv.ipynb #bf8551fc
+# %% ../../nbs/12_gemv.ipynb #630934a3
 @triton.jit
 def _round4(v, lane, MASK: tl.constexpr):
     sign = tl.where((lane & MASK) != 0, -1.0, 1.0)
@@ -134,7 +134,7 @@ def rotated_columns(v, DT: tl.constexpr):
     for i in tl.static_range(16): r = r + (pack2(v[2*i]*0.0078125, v[2*i + 1]*0.0078125, DT),)
     return r
 
-# %% ../../nbs/12_gemv.ipynb #e90a050f
+# %% ../../nbs/12_gemv.ipynb #48d65b78
 @triton.jit
 def _load_tile(T, NORMS, tile, b, rows, lane, NB: tl.constexpr, BITS: tl.constexpr):
     "Words and norms of one tile, zeros where there is none"

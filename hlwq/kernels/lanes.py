@@ -19,7 +19,7 @@ def _every_gpu_has_ptx():
 
 PTX = tl.constexpr(_every_gpu_has_ptx())                       # instructions below in PTX, or in plain Triton
 
-# %% ../../nbs/10a_lanes.ipynb #82648b91
+# %% ../../nbs/10a_lanes.ipynb #8b1c2668
 @triton.jit
 def shfl(v, src):
     "The value of v in lane `src` of the warp, for each lane its own; v is 32 bits wide"
@@ -34,7 +34,7 @@ def bfly(v, MASK: tl.constexpr):
     else: r = tl.gather(v, tl.arange(0, v.shape[0]) ^ MASK, 0)
     return r
 
-# %% ../../nbs/10a_lanes.ipynb #44d11c9d
+# %% ../../nbs/10a_lanes.ipynb #33ee1f15
 @triton.jit
 def bits16(x, DT: tl.constexpr):
     "The bits of a float32 rounded to bfloat16 or float16, in the low half of an int32"
@@ -87,7 +87,7 @@ def byteswap(w):
         r = ((u >> 24) | ((u >> 8) & 0xff00) | ((u << 8) & 0xff0000) | (u << 24)).to(tl.int32, bitcast=True)
     return r
 
-# %% ../../nbs/10a_lanes.ipynb #05d22dec
+# %% ../../nbs/10a_lanes.ipynb #78197f44
 @triton.jit
 def ld4(p, ok):
     "Loads four registers from a 16-byte aligned address; zeros where `ok` is false"
@@ -109,7 +109,7 @@ def st4(p, v, ok):
         w = p.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4): tl.store(w + i, v[i], mask=ok)
 
-# %% ../../nbs/10a_lanes.ipynb #00e5aefc
+# %% ../../nbs/10a_lanes.ipynb #83eae310
 @triton.jit
 def _dot4(a, b0, b2, c, DT: tl.constexpr):
     "c + the products of four pairs"
@@ -142,7 +142,7 @@ def mma(a0, a1, a2, a3, b0, b1, c, DT: tl.constexpr):
         r = (c0, c1, c2, c3)
     return r
 
-# %% ../../nbs/10a_lanes.ipynb #722d4e7d
+# %% ../../nbs/10a_lanes.ipynb #aeac0f48
 @triton.jit
 def _round(v, H: tl.constexpr):
     r = ()
@@ -175,7 +175,7 @@ def tree32(v):
         t = t + (a + bfly(a, 1),)
     return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
 
-# %% ../../nbs/10a_lanes.ipynb #a95431d8
+# %% ../../nbs/10a_lanes.ipynb #0a92eb90
 @triton.jit
 def load_block(p, left, DT: tl.constexpr):
     "The 32 numbers of a lane as float32: p points to its first one; numbers from `left` on count as zeros, eight at a time"
@@ -209,7 +209,7 @@ def store_block(p, v, ok, DT: tl.constexpr):
             for i in tl.static_range(4): a = a + (pack2(v[8*s + 2*i], v[8*s + 2*i + 1], DT),)
             st4(p + s*32, a, ok[s])
 
-# %% ../../nbs/10a_lanes.ipynb #92b9c85c
+# %% ../../nbs/10a_lanes.ipynb #ae2933aa
 def early_start(
     device:torch.device, # where the kernel runs
 ) -> bool:

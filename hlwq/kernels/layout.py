@@ -42,7 +42,7 @@ def untile_ref(
 import triton
 import triton.language as tl
 
-# %% ../../nbs/10_layout.ipynb #adeb73ba
+# %% ../../nbs/10_layout.ipynb #aceb9747
 @triton.jit
 def _tile_kernel(P, T, out_features, n_words, NB: tl.constexpr, BITS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)            # 64-bit: a stack of experts has more than 2**31 bytes

@@ -44,7 +44,7 @@ def cell_tables(
 
 def _one_each(cells): return len(cells) == 1 or bool((cells.diff() > 0).all())
 
-# %% ../../nbs/11_quantize_kernel.ipynb #5538d7f6
+# %% ../../nbs/11_quantize_kernel.ipynb #b20cdc51
 @triton.jit
 def _cell(a, per_unit, last):
     "Number of the cell that holds a >= 0, in the low bits"
@@ -67,7 +67,7 @@ def _code(z, base, threshold, BASE, THRESHOLD, per_unit, last, BITS: tl.constexp
     d = t - (bits & 0x7fffffff) + negative                     # below zero: |z| lies above the boundary, or on it from the negative side
     return (k + (d.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)) ^ (negative & ((1 << BITS) - 1))
 
-# %% ../../nbs/11_quantize_kernel.ipynb #fd5c4459
+# %% ../../nbs/11_quantize_kernel.ipynb #71ba61f2
 @triton.jit
 def _run(codes, AT: tl.constexpr, BITS: tl.constexpr):
     "Eight codes as a string of 8*BITS bits, first code first: up to 32 bits, and the rest"
@@ -108,7 +108,7 @@ def _word(runs, I: tl.constexpr, BITS: tl.constexpr):
         else: w |= _place(runs[c][0], 32, 8*BITS*c - 32*I) | _place(runs[c][1], 8*BITS - 32, 8*BITS*c + 32 - 32*I)
     return w
 
-# %% ../../nbs/11_quantize_kernel.ipynb #7b1fb977
+# %% ../../nbs/11_quantize_kernel.ipynb #ac66c308
 @triton.jit
 def _quantize_kernel(X, BASE, THRESHOLD, CENTROIDS, PACKED, NORMS, FLAG, n, per_unit, last, DT: tl.constexpr, BITS: tl.constexpr, GAIN: tl.constexpr, W: tl.constexpr):
     tid = tl.arange(0, 32*W)
