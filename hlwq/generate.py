@@ -161,7 +161,7 @@ def prompt_mask(
     keys = torch.nn.functional.pad(real[:, :width], (0, max(0, width-real.shape[1])))
     return ((k <= q) & keys[:, None] | (k == q))[:, None]
 
-# %% ../nbs/42_generate.ipynb #6f545677
+# %% ../nbs/42_generate.ipynb #415a50e2
 class Buffers:
     "What keeps its address from one decode step to the next"
     def __init__(self, model, batch, capacity, cache=None):
@@ -187,9 +187,9 @@ def _fill(b, ids, real, how, seed): # everything but the cache, for a new text
     if b.seen is None: b.seen = torch.zeros(len(ids), vocab, dtype=torch.bool, device=b.device)
     b.seen.zero_().scatter_(1, torch.where(real, ids, ids[:, -1:]), True)        # padding was not seen
 
-def _show(b, n): # the first keys of the cache, in powers of two so that shapes change rarely
-    width = min(b.capacity, max(256, 1 << (n-1).bit_length())) if b.own else b.capacity
-    if width != b.width: _set_width(b, width)
+def _width(b, n): # keys that attention sees when n are there
+    if not b.own: return b.capacity
+    return min(b.capacity, max(256, 1 << (n-1).bit_length()) if b.device.type == 'cuda' else -(-n//64)*64)
 
 def _set_width(b, width):
     b.width = width
@@ -251,7 +251,7 @@ def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last posi
         logits = self._logits(b, ids[:, i:j], positions[:, i:j], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
     return logits
 
-# %% ../nbs/42_generate.ipynb #e1cd6b41
+# %% ../nbs/42_generate.ipynb #ab8bf50f
 @patch
 def _record(self:HLWQGenerator, b, key):
     start,graph = perf_counter(),torch.cuda.CUDAGraph()
@@ -262,7 +262,7 @@ def _record(self:HLWQGenerator, b, key):
 
 @patch
 def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in the cache
-    _show(b, n)
+    if (width := _width(b, n)) != b.width: _set_width(b, width)
     if b.device.type != 'cuda' or not self.use_graphs or not b.own: return self._step(b)
     key = (b.width, self.how, self.eos, self.pad)
     if key in b.graphs: return b.graphs[key].replay()

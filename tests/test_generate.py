@@ -3,6 +3,7 @@
 Where two logits lie closer than 1e-3, rounding may choose either; such a row is compared up to that place only (`same_tokens`)."""
 import sys,warnings
 from functools import lru_cache
+from types import SimpleNamespace
 import pytest,torch
 transformers = pytest.importorskip('transformers')
 from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,StaticCache
@@ -10,7 +11,7 @@ from transformers.generation import logits_process
 import hlwq
 from hlwq.core import ConfigError,HLWQPerformanceWarning,asset_path,warn_once
 from hlwq.generate import *
-from hlwq.generate import ARCHITECTURES,_written
+from hlwq.generate import ARCHITECTURES,_width,_written
 from hlwq.load import load_model
 from kit import EXPERTS,SIZES,complete,quantized
 
@@ -142,20 +143,22 @@ def test_chunks_have_the_same_logits():
     with torch.no_grad(): want = model(ids, attention_mask=mask).logits[:, -1]
     assert (found[0]-want).abs().max() < 1e-3 and (found[1]-want).abs().max() < 1e-3
 
-def test_wider_keys_on_the_way():
-    "Past 256 tokens the step sees 512 keys; buffers that are kept serve short texts after long ones"
+@pytest.mark.parametrize('doubling', [False, True])
+def test_wider_keys_on_the_way(doubling, monkeypatch):
+    "On a GPU the step sees 256 keys, past them 512; elsewhere the width follows in steps of 64. Buffers that are kept serve short texts after long ones"
+    if doubling: monkeypatch.setattr(sys.modules['hlwq.generate'], '_width', lambda b, n, real=_width: real(SimpleNamespace(own=True, capacity=b.capacity, device=torch.device('cuda')), n))
     model = model_of('llama', max_position_embeddings=2048)
     g,seen = HLWQGenerator(model, 64),[]
     step = g._step
     g._step = lambda b: (seen.append(b.width), step(b))
     ids,mask = prompt(model, 2, True, n=240)
     same_tokens(model, g(ids, 60, attention_mask=mask, eos_token_id=[]), theirs(model, ids, mask, new=60, eos_token_id=[]), mask, 240)
-    assert seen == [256]*16 + [512]*43
+    assert seen == [256]*16 + [512 if doubling else 320]*43
     kept = g.buffers
     for n in (5, 9):
         ids,mask = prompt(model, 2, True, n=n)
         same_tokens(model, g(ids, 12, attention_mask=mask, eos_token_id=[]), theirs(model, ids, mask, new=12, eos_token_id=[]), mask, n)
-        assert g.buffers is kept and g.buffers.width == 256
+        assert g.buffers is kept and g.buffers.width == (256 if doubling else 64)
     ids,mask = prompt(model, 8, True)
     g(ids, 4, attention_mask=mask)
     assert g.buffers is not kept and g.buffers.batch == 8
