@@ -6,23 +6,22 @@
 __all__ = ['WAYS', 'expert_linear_ref', 'expert_blocks', 'dense_experts', 'packed_expert_linear', 'expert_linear', 'expert_layer',
            'PackedStack', 'experts_interface', 'is_swiglu', 'HLWQExperts']
 
-# %% ../nbs/21_experts.ipynb #316bf69b
+# %% ../nbs/21_experts.ipynb #250e34ef
 import sys
-from math import ceil
 
 # %% ../nbs/21_experts.ipynb #9f9987bc
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/21_experts.ipynb #92d5dbfb
+# %% ../nbs/21_experts.ipynb #9d4236cd
 from .core import BLOCK_SIZE, ConfigError, UnsupportedError
 from .hadamard import fwht
 from .kernels import cpu
 from .kernels.cpu import packed_matmul_experts_ref, rotate_ref
-from .linear import _INT_OF, _gemm, bits_norm, book_key, book_on, check_operands, dense_rows, codes_moved, disk_order, norm_bits, on_cpu, place_codes_, replace_data_, rotate_fast, row_blocks, tiled
+from .linear import HasCodes, _gemm, bits_norm, book_on, check_operands, decoded, dense_rows, disk_order, norm_bits, on_cpu, rotate_fast, row_blocks, tiled
 from .lloyd_max import Codebook
-from .quantize import QuantizedTensor, dequantize_rows
+from .quantize import QuantizedTensor
 
 # %% ../nbs/21_experts.ipynb #181bb9dd
 def expert_linear_ref(
@@ -164,11 +163,13 @@ def expert_linear(
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()): return _expert_linear(x, rows, ids, packed, bits, book, way)
     return packed_expert_linear(x, rows, ids, packed, bits_norm(bits), book_on(book, x.device), way)
 
-# %% ../nbs/21_experts.ipynb #901289a8
+# %% ../nbs/21_experts.ipynb #8757cbd2
+def _layer(x, ids, weights, up, up_bits, up_book, down, down_bits, down_book):
+    return _moe(up).expert_layer(x, ids.long(), weights, (up, bits_norm(up_bits), book_on(up_book, x.device)), (down, bits_norm(down_bits), book_on(down_book, x.device)))
+
 @torch.library.custom_op('hlwq::expert_layer', mutates_args=())
 def _expert_layer(x:Tensor, ids:Tensor, weights:Tensor, up:Tensor, up_bits:Tensor, up_book:str, down:Tensor, down_bits:Tensor, down_book:str) -> Tensor:
-    moe = _moe(up)
-    return moe.expert_layer(x, ids.long(), weights, (up, bits_norm(up_bits), book_on(up_book, x.device)), (down, bits_norm(down_bits), book_on(down_book, x.device)))
+    return _layer(x, ids, weights, up, up_bits, up_book, down, down_bits, down_book)
 
 @_expert_layer.register_fake
 def _(x, ids, weights, up, up_bits, up_book, down, down_bits, down_book): return x.new_empty(x.shape[0], down_bits.shape[1])
@@ -177,20 +178,15 @@ def expert_layer(
     x:Tensor, # (T, hidden) float16 or bfloat16
     ids:Tensor, # (T, topk) expert of each pair
     weights:Tensor, # (T, topk) what the router gives to it
-    up:Tensor, # tiles of gate and up, gate first
-    up_bits:Tensor, # (E, 2*inner, n_blocks) their norms as integers
-    up_book:str, # key of their codebook
-    down:Tensor, # tiles of the second projection
-    down_bits:Tensor, # (E, hidden, n_blocks) its norms as integers
-    down_book:str, # key of its codebook
+    up, # HasCodes: tiles of gate and up, gate first
+    down, # HasCodes: tiles of the second projection
 ) -> Tensor: # (T, hidden)
     "Both projections of a few tokens' experts with silu(gate)*up between them, in two kernels; no gradient flows"
-    if torch.compiler.is_compiling(): return _expert_layer(x, ids, weights, up, up_bits, up_book, down, down_bits, down_book)
-    moe = _moe(up)
-    return moe.expert_layer(x, ids.long(), weights, (up, bits_norm(up_bits), book_on(up_book, x.device)), (down, bits_norm(down_bits), book_on(down_book, x.device)))
+    run = _expert_layer if torch.compiler.is_compiling() else _layer
+    return run(x, ids, weights, up.packed, up.norm_bits, up.key, down.packed, down.norm_bits, down.key)
 
-# %% ../nbs/21_experts.ipynb #9e67c130
-class PackedStack(nn.Module):
+# %% ../nbs/21_experts.ipynb #27c564f3
+class PackedStack(HasCodes):
     "Holds the packed matrices of all experts, one after the other"
     def __init__(self,
         n_experts:int, # matrices in the stack
@@ -201,79 +197,31 @@ class PackedStack(nn.Module):
         norms_dtype:torch.dtype=torch.float16, # float16 or float32
     ):
         super().__init__()
-        self.n_experts, self.out_features, self.in_features, self.book, self.key = n_experts, out_features, in_features, book, book_key(book)
-        nb = ceil(in_features/BLOCK_SIZE)
-        self.packed = nn.Parameter(torch.empty(n_experts, out_features, nb*16*book.bits, dtype=torch.uint8, device=device), requires_grad=False)
-        self.norm_bits = nn.Parameter(torch.empty(n_experts, out_features, nb, dtype=_INT_OF[norms_dtype], device=device), requires_grad=False)
+        self.n_experts = n_experts
+        self._hold((n_experts, out_features), in_features, book, device, norms_dtype)
 
-    @property
-    def bits(self): return self.book.bits
-    @property
-    def norms(self): return bits_norm(self.norm_bits.data)
-    @property
-    def n_blocks(self): return self.norm_bits.shape[-1]
-    @property
-    def nbytes(self): return self.packed.nbytes + self.norm_bits.nbytes
     def extra_repr(self): return f'{self.n_experts} x ({self.out_features}, {self.in_features}), bits={self.bits}, codebook={self.book.name!r}'
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_order'}
-    def __setstate__(self, state): super().__setstate__(state); book_key(self.book)            # another process has not seen it
-
-@patch
-def disk(self:PackedStack,
-    e:int=None, # number of an expert, by default all
-) -> Tensor: # ([n_experts,] out_features, n_blocks*16*bits) uint8
-    "Gives the codes in disk order, without copying them if they are in it"
-    return disk_order(self.packed.data if e is None else self.packed.data[e], self.out_features)
-
-@patch
-def place_(self:PackedStack):
-    "Brings the codes into the order that suits their device; called whenever the stack is moved or used"
-    place_codes_(self.packed, self.out_features, self.bits)
-    self.__dict__['_order'] = self.packed.device, self.packed.dtype
-    return self
-
-@patch
-def in_order(self:PackedStack) -> Tensor: # the codes
-    "Gives the codes, in the order that suits their device"
-    if not torch.compiler.is_compiling() and codes_moved(self): self.place_()                              # somebody did that to the parameter and not to the stack
-    return self.packed
-
-@patch
-def _apply(self:PackedStack, fn, recurse=True): return nn.Module._apply(self, fn, recurse).place_()
-
-@patch
-def _save_to_state_dict(self:PackedStack, destination, prefix, keep_vars):
-    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-    if tiled(self.packed): destination[f'{prefix}packed'] = self.disk()
-
-@patch
-def _load_from_state_dict(self:PackedStack, state_dict, prefix, *args):
-    if tiled(self.packed): replace_data_(self.packed, lambda p: disk_order(p, self.out_features))
-    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-    self.place_()
 
 @patch
 def expert(self:PackedStack,
     e:int, # number of an expert
 ) -> QuantizedTensor:
     "Gives one expert as a packed matrix in disk order"
-    return QuantizedTensor(self.disk(e), self.norms[e], (self.out_features, self.in_features), self.bits, self.book)
+    return QuantizedTensor(disk_order(self.packed.data[e], self.out_features), self.norms[e], (self.out_features, self.in_features), self.bits, self.book)
 
 @patch
 def dequantize(self:PackedStack,
     dtype:torch.dtype=torch.float32, # dtype of the result
 ) -> Tensor: # (n_experts, out_features, in_features)
     "Decodes all experts"
-    if tiled(self.packed): return torch.stack([self.expert(e).dequantize(dtype) for e in range(self.n_experts)])
-    w = dequantize_rows(self.packed.data.flatten(0, 1), self.norms.flatten(0, 1), book_on(self.key, self.packed.device), self.in_features, dtype)
-    return w.view(self.n_experts, self.out_features, -1)
+    book = book_on(self.key, self.packed.device)
+    return torch.stack([decoded(p, n, book, self.in_features, dtype) for p,n in zip(self.packed.data, self.norms)])
 
 @patch
 def forward(self:PackedStack, x, rows, ids, way='grouped_mm'):
-    if self.packed.is_meta: raise UnsupportedError("PackedStack: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
-    self.in_order()
+    codes = self.in_order()
     if x.shape[-1] != self.in_features: raise ConfigError(f"experts: activations of width {x.shape[-1]}, need {self.in_features}; check what comes before them")
-    return expert_linear(x, rows, ids, self.packed, self.norm_bits, self.key, way)
+    return expert_linear(x, rows, ids, codes, self.norm_bits, self.key, way)
 
 @patch(cls_method=True)
 def from_quantized(cls:PackedStack,
@@ -287,7 +235,7 @@ def from_quantized(cls:PackedStack,
     m.norm_bits = nn.Parameter(norm_bits(torch.stack(norms)), requires_grad=False)
     return m
 
-# %% ../nbs/21_experts.ipynb #74f70c40
+# %% ../nbs/21_experts.ipynb #a842e9fe
 def experts_interface(
     module:nn.Module, # any module
 ) -> bool:
@@ -340,14 +288,23 @@ def forward(self:HLWQExperts,
 
     Raises UnsupportedError for an `experts_implementation` that computes from dense weights."""
     way, (T, k) = self.way, top_k_index.shape
-    if T*k <= 32 and self.swiglu and hidden_states.dtype in (torch.float16, torch.bfloat16) and tiled(self.w13.in_order()) and tiled(self.w2.in_order()) and not (hidden_states.requires_grad and torch.is_grad_enabled()):
-        return expert_layer(hidden_states, top_k_index, top_k_weights, self.w13.packed, self.w13.norm_bits, self.w13.key, self.w2.packed, self.w2.norm_bits, self.w2.key)
+    if self.in_two_kernels(hidden_states, T*k):
+        return expert_layer(hidden_states, top_k_index, top_k_weights, self.w13, self.w2)
     ids, pairs = top_k_index.reshape(-1), torch.arange(T*k, device=hidden_states.device)
     h = self._add_bias(self.w13(hidden_states, pairs//k, ids, way), 0, ids)
     h = self.shell._apply_gate(h) if self.has_gate else self.shell.act_fn(h)
     y = self._add_bias(self.w2(h, pairs, ids, way), 1, ids)
     if self.has_post_expert_norm: y = self.shell.post_expert_norm(y)
     return (y*top_k_weights.reshape(-1, 1)).view(T, k, -1).sum(1).to(hidden_states.dtype)
+
+@patch
+def in_two_kernels(self:HLWQExperts,
+    x:Tensor, # (T, hidden)
+    pairs:int, # tokens times experts of each
+) -> bool:
+    "Tells whether this is a case for expert_layer: few pairs, 16 bits, no gradient, kernels there"
+    if pairs > 32 or not self.swiglu or x.dtype not in (torch.float16, torch.bfloat16) or (x.requires_grad and torch.is_grad_enabled()): return False
+    return tiled(self.w13.in_order()) and tiled(self.w2.in_order())
 
 @patch
 def _add_bias(self:HLWQExperts, y, i, ids): return y + getattr(self, f'{self.names[i]}_bias')[ids] if self.has_bias else y

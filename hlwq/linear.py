@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['linear_ref', 'norm_bits', 'bits_norm', 'book_key', 'book_on', 'row_blocks', 'on_cpu', 'why_no_kernels', 'gpu_kernels',
-           'compiled', 'tiled', 'disk_order', 'dense_rows', 'rotate_fast', 'check_operands', 'packed_linear',
-           'packed_linear_t', 'linear', 'Packed', 'place_codes_', 'codes_moved', 'replace_data_', 'HLWQLinear',
-           'DenseWeight', 'PackedWeight', 'HLWQEmbedding']
+           'compiled', 'tiled', 'disk_order', 'dense_rows', 'rotate_fast', 'check_operands', 'decoded', 'packed_linear',
+           'packed_linear_t', 'linear', 'HasCodes', 'replace_data_', 'Packed', 'HLWQLinear', 'DenseWeight',
+           'PackedWeight', 'HLWQEmbedding']
 
 # %% ../nbs/20_linear.ipynb #35a0a6a0
 import zlib
@@ -158,12 +158,23 @@ def check_operands(
     if ceil(x.shape[-1]/BLOCK_SIZE) != n_blocks or not x.is_floating_point():
         raise ConfigError(f"activations: {x.dtype} of width {x.shape[-1]}, need floats of width {(n_blocks-1)*BLOCK_SIZE + 1} to {n_blocks*BLOCK_SIZE} for this matrix; check what comes before the layer")
 
-# %% ../nbs/20_linear.ipynb #0f0797db
+# %% ../nbs/20_linear.ipynb #c3f898bd
 def _gemm(packed):
     "The kernels for tiles; raises UnsupportedError where there are none"
     gemm = gpu_kernels(packed.device)
     if gemm is None: raise UnsupportedError(f"codes in the order of a GPU, on {packed.device} ({why_no_kernels(packed.device) or 'no Triton kernels there'}), need that of the disk; call place_() on the layer after moving it")
     return gemm
+
+def decoded(
+    packed:Tensor, # (out_features, n_blocks*16*bits) uint8, or tiles
+    norms:Tensor, # (out_features, n_blocks)
+    book:Codebook, # on the same device
+    in_features:int, # true width, padding excluded
+    dtype:torch.dtype, # dtype of the result
+) -> Tensor: # (out_features, in_features)
+    "Decodes a matrix in either order"
+    if tiled(packed) and dtype in (torch.float32, torch.float16, torch.bfloat16) and gpu_kernels(packed.device): return _gemm(packed).dense(packed, norms, book, in_features, dtype)
+    return dequantize_rows(disk_order(packed, len(norms)), norms, book, in_features, dtype)
 
 def packed_linear(
     x:Tensor, # (..., in_features) activations
@@ -236,69 +247,27 @@ def linear(
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()): return _linear(x, packed, bits, book)
     return packed_linear(x, packed, bits_norm(bits), book_on(book, x.device))
 
-# %% ../nbs/20_linear.ipynb #7549c014
-class Packed(nn.Module):
-    "What layers with packed weights share: codes, norms, and the dense weight that they stand for"
-    def _make(self, out_features, in_features, book, device, dtype, norms_dtype):
-        nn.Module.__init__(self)                               # not that of nn.Linear, which makes a dense weight
-        self.in_features, self.out_features, self.book, self.key = in_features, out_features, book, book_key(book)
-        self.dense_dtype, n_blocks = dtype or torch.get_default_dtype(), ceil(in_features/BLOCK_SIZE)
-        self.packed = nn.Parameter(torch.empty(out_features, n_blocks*16*book.bits, dtype=torch.uint8, device=device), requires_grad=False)
-        self.norm_bits = nn.Parameter(torch.empty(out_features, n_blocks, dtype=_INT_OF[norms_dtype], device=device), requires_grad=False)
+# %% ../nbs/20_linear.ipynb #cdd63821
+class HasCodes(nn.Module):
+    "What a layer and a stack of experts share: parameters `packed` and `norm_bits`, a codebook, and an order of codes for each device"
+    def _hold(self, shape, in_features, book, device, norms_dtype):
+        self.out_features, self.in_features, self.book, self.key = shape[-1], in_features, book, book_key(book)
+        nb = ceil(in_features/BLOCK_SIZE)
+        self.packed = nn.Parameter(torch.empty(*shape, nb*16*book.bits, dtype=torch.uint8, device=device), requires_grad=False)
+        self.norm_bits = nn.Parameter(torch.empty(*shape, nb, dtype=_INT_OF[norms_dtype], device=device), requires_grad=False)
 
     @property
     def bits(self): return self.book.bits
     @property
     def norms(self): return bits_norm(self.norm_bits.data)
     @property
-    def n_blocks(self): return self.norm_bits.shape[1]
+    def n_blocks(self): return self.norm_bits.shape[-1]
     @property
     def nbytes(self): return self.packed.nbytes + self.norm_bits.nbytes
     @property
     def disk(self): return disk_order(self.packed.data, self.out_features)
-    @property
-    def quantized(self): return QuantizedTensor(self.disk, self.norms, (self.out_features, self.in_features), self.bits, self.book)
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_dense', '_order')}
     def __setstate__(self, state): nn.Module.__setstate__(self, state); book_key(self.book)      # another process has not seen it
-
-@patch
-def _take(self:Packed, q):
-    "Lets the layer stand on the parts of a packed matrix, without copying them"
-    self.packed = nn.Parameter(q.packed.view(q.out_features, -1), requires_grad=False)
-    self.norm_bits = nn.Parameter(norm_bits(q.norms), requires_grad=False)
-    return self
-
-@patch
-def _in_memory(self:Packed):
-    "Raises UnsupportedError for a layer that has no content yet; brings codes into order that somebody else has moved"
-    if self.packed.is_meta:
-        raise UnsupportedError(f"{type(self).__name__}: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
-    if not torch.compiler.is_compiling() and codes_moved(self): self.place_()                              # somebody did that to the parameter and not to the layer
-
-@patch
-def _apply(self:Packed, fn, recurse=True):
-    self.__dict__.pop('_dense', None)
-    self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype    # what a cast of the model would do to a dense weight
-    return nn.Module._apply(self, fn, recurse).place_()
-
-# %% ../nbs/20_linear.ipynb #dd54714b
-def place_codes_(
-    packed:nn.Parameter, # codes in either order, of one matrix or of a stack
-    out_features:int, # rows of a matrix
-    bits:int, # bits per code
-):
-    "Brings codes into the order that suits their device, in place"
-    if torch.compiler.is_compiling() or packed.is_meta or (packed.is_cuda and torch.cuda.is_current_stream_capturing()): return
-    want = gpu_kernels(packed.device) is not None
-    if want == tiled(packed): return
-    from hlwq.kernels.layout import to_tiles
-    replace_data_(packed, lambda p: to_tiles(p, bits) if want else disk_order(p, out_features))
-
-def codes_moved(
-    m:nn.Module, # a packed layer or stack
-) -> bool:
-    "Tells whether the codes are elsewhere, or others, than when their order was looked at last"
-    return m.__dict__.get('_order') != (m.packed.device, m.packed.dtype)
 
 def replace_data_(
     p:nn.Parameter, # a parameter
@@ -308,32 +277,71 @@ def replace_data_(
     with torch.inference_mode(p.is_inference()), torch.no_grad(): p.data = f(p.data)
 
 @patch
-def place_(self:Packed):
-    "Brings the codes into the order that suits their device; called whenever the layer is moved or used"
-    place_codes_(self.packed, self.out_features, self.bits)
-    self.__dict__['_order'] = self.packed.device, self.packed.dtype
+def place_(self:HasCodes):
+    "Brings the codes into the order that suits their device; called whenever they are moved or used"
+    p = self.packed
+    if torch.compiler.is_compiling() or p.is_meta or (p.is_cuda and torch.cuda.is_current_stream_capturing()): return self
+    want = gpu_kernels(p.device) is not None
+    if want and not tiled(p):
+        from hlwq.kernels.layout import to_tiles
+        replace_data_(p, lambda t: to_tiles(t, self.bits))
+    if tiled(p) and not want: replace_data_(p, lambda t: disk_order(t, self.out_features))
+    self.__dict__['_order'] = p.device, p.dtype
     return self
+
+@patch
+def in_order(self:HasCodes) -> Tensor: # the codes
+    """Gives the codes in the order that suits their device, also after somebody has moved the parameter and not the module.
+
+    Raises UnsupportedError if there is no content yet."""
+    if self.packed.is_meta: raise UnsupportedError(f"{type(self).__name__}: its weights are on the meta device, need real ones; load them, or let the library that offloads them bring them back")
+    if not torch.compiler.is_compiling() and self.__dict__.get('_order') != (self.packed.device, self.packed.dtype): self.place_()
+    return self.packed
+
+@patch
+def _apply(self:HasCodes, fn, recurse=True): return nn.Module._apply(self, fn, recurse).place_()
+
+@patch
+def _save_to_state_dict(self:HasCodes, destination, prefix, keep_vars):
+    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    if tiled(self.packed): destination[f'{prefix}packed'] = self.disk
+
+@patch
+def _load_from_state_dict(self:HasCodes, state_dict, prefix, *args):
+    if tiled(self.packed): replace_data_(self.packed, lambda p: disk_order(p, self.out_features))
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+    self.place_()
+
+# %% ../nbs/20_linear.ipynb #98b3d1ca
+class Packed(HasCodes):
+    "What layers with one packed matrix share"
+    def _make(self, out_features, in_features, book, device, dtype, norms_dtype):
+        nn.Module.__init__(self)                               # not that of nn.Linear, which makes a dense weight
+        self.dense_dtype = dtype or torch.get_default_dtype()
+        self._hold((out_features,), in_features, book, device, norms_dtype)
+
+    @property
+    def quantized(self): return QuantizedTensor(self.disk, self.norms, (self.out_features, self.in_features), self.bits, self.book)
+
+@patch
+def _take(self:Packed, q):
+    "Lets the layer stand on the parts of a packed matrix, without copying them"
+    self.packed = nn.Parameter(q.packed.view(q.out_features, -1), requires_grad=False)
+    self.norm_bits = nn.Parameter(norm_bits(q.norms), requires_grad=False)
+    return self
+
+@patch
+def _apply(self:Packed, fn, recurse=True):
+    self.__dict__.pop('_dense', None)
+    self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype)).dtype    # what a cast of the model would do to a dense weight
+    return HasCodes._apply(self, fn, recurse)
 
 @patch
 def dequantize(self:Packed,
     dtype:torch.dtype=None, # dtype of the result, that of the layer by default
 ) -> Tensor: # (out_features, in_features)
     "Decodes the weight"
-    dtype = dtype or self.dense_dtype
-    if tiled(self.packed) and dtype in (torch.float32, torch.float16, torch.bfloat16) and gpu_kernels(self.packed.device):
-        return _gemm(self.packed).dense(self.packed.data, self.norms, book_on(self.key, self.packed.device), self.in_features, dtype)
-    return self.quantized.dequantize(dtype)
-
-@patch
-def _save_to_state_dict(self:Packed, destination, prefix, keep_vars):
-    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-    if tiled(self.packed): destination[f'{prefix}packed'] = self.disk
-
-@patch
-def _load_from_state_dict(self:Packed, state_dict, prefix, *args):
-    if tiled(self.packed): replace_data_(self.packed, lambda p: disk_order(p, self.out_features))
-    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-    self.place_()
+    return decoded(self.packed.data, self.norms, book_on(self.key, self.packed.device), self.in_features, dtype or self.dense_dtype)
 
 # %% ../nbs/20_linear.ipynb #62d5c688
 class HLWQLinear(Packed, nn.Linear):
@@ -364,13 +372,13 @@ def from_quantized(cls:HLWQLinear,
     if bias is not None: m.bias = nn.Parameter(bias)
     return m._take(q)
 
-# %% ../nbs/20_linear.ipynb #c35528ba
+# %% ../nbs/20_linear.ipynb #ff912e5d
 @patch
 def forward(self:HLWQLinear, x):
-    self._in_memory()
+    codes = self.in_order()
     if x.shape[-1] != self.in_features: raise ConfigError(f"HLWQLinear: activations of width {x.shape[-1]}, need {self.in_features}; check what comes before the layer")
     if self.cached and not torch.compiler.is_compiling(): return nn.functional.linear(x, self.dense_as(x.dtype), self.bias)
-    y = linear(x, self.packed, self.norm_bits, self.key)
+    y = linear(x, codes, self.norm_bits, self.key)
     return y if self.bias is None else y + self.bias
 
 @patch
@@ -468,7 +476,7 @@ def __setattr__(self:Packed, name, value):
     if name == 'weight' and name not in self._parameters: self.requantize_(value.data)    # it is there only while a model is being loaded
     else: nn.Module.__setattr__(self, name, value)
 
-# %% ../nbs/20_linear.ipynb #0b3f3f3b
+# %% ../nbs/20_linear.ipynb #58a449f1
 def _some_rows(packed, rows):
     if not tiled(packed): return packed[rows]
     from hlwq.kernels.layout import rows_of_tiles
@@ -500,5 +508,4 @@ class HLWQEmbedding(Packed, nn.Embedding):
 
     def extra_repr(self): return f'{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, codebook={self.book.name!r}'
     def forward(self, ids):
-        self._in_memory()
-        return _embedding(ids, self.packed, self.norm_bits, self.key, self.embedding_dim, self.dense_dtype)
+        return _embedding(ids, self.in_order(), self.norm_bits, self.key, self.embedding_dim, self.dense_dtype)

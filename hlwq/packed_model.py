@@ -220,7 +220,7 @@ def _resident(m):
 def _matrices(name, m):
     "(key, width in the file, function that gives packed and norms) of each matrix of a packed part"
     if isinstance(m, Packed): return [(name, lambda: (m.disk, m.norms))]
-    return [(f'{name}_e{e}', lambda e=e: (m.disk(e), m.norms[e])) for e in range(m.n_experts)]
+    return [(f'{name}_e{e}', lambda e=e: (m.expert(e).packed.view(m.out_features, -1), m.norms[e])) for e in range(m.n_experts)]
 
 @dataclass
 class _Entry:

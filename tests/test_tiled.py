@@ -142,12 +142,12 @@ def test_the_layer_operation_is_known_to_torch(gpu, layer):
 
 def test_stacks_change_order_too(gpu, layer):
     s = layer.w13
-    want = s.disk().clone()
+    want = s.disk.clone()
     s.place_()
-    assert tiled(s.packed) and torch.equal(s.disk(), want) and torch.equal(s.expert(1).packed, want[1].view(-1)) and torch.equal(s.state_dict()['packed'], want)
+    assert tiled(s.packed) and torch.equal(s.disk, want) and torch.equal(s.expert(1).packed, want[1].view(-1)) and torch.equal(s.state_dict()['packed'], want)
     other = PackedStack.from_quantized([quantize(torch.randn(48, 64), 5) for _ in range(3)]).place_()
     other.load_state_dict(s.state_dict())
-    assert tiled(other.packed) and torch.equal(other.disk(), want)
+    assert tiled(other.packed) and torch.equal(other.disk, want)
     dense = s.dequantize()
     gpu()
     assert torch.equal(s.to('cpu').packed, want) and torch.equal(s.dequantize(), dense)
