@@ -428,7 +428,7 @@ def expert_sets(
             res.append(ExpertOperands(ids, p1, p2, w1[ids], w2[ids], random_weights(1, hidden, seed=seed, std=1), h, act, weights, book))
     return res
 
-# %% ../nbs/83_bench.ipynb #bca56156
+# %% ../nbs/83_bench.ipynb #65b21732
 def _decoded(part, ids, book, in_features):
     "The matrices of some experts, (topk, out_features, in_features) float64"
     from hlwq.kernels.layout import untile_ref
@@ -441,7 +441,7 @@ def our_experts(
     "The products of an expert layer with packed weights"
     from hlwq.kernels.moe import expert_down, expert_gemv
     first, plain = partial(expert_gemv, s.x, s.ids, s.topk, *s.gate_up, s.book), partial(expert_gemv, s.act, s.ids, 1, *s.down, s.book)
-    second = lambda h: expert_down(h, s.ids, s.weights, s.topk, *s.down, s.book)
+    second = lambda h: expert_down(h, s.ids, s.weights, s.topk, *s.down, s.book, settled=True)
     return {'gate_up':first, 'down':plain, 'silu, down, sum':partial(second, s.h), 'layer':lambda: second(first())}
 
 def check_experts(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Unit', 'Part', 'read_ahead', 'row_spans', 'apply_scale', 'plan_units', 'cut_shards', 'unit_keys', 'unit_parts',
-           'cut_batches', 'quantized_parts', 'shard_layout', 'write_shard', 'quantization_config', 'model_card',
-           'plain_card', 'pick_device', 'quantize_checkpoint', 'dequantize_checkpoint']
+           'cut_batches', 'encode_rows_on', 'quantized_parts', 'shard_layout', 'write_shard', 'quantization_config',
+           'model_card', 'plain_card', 'pick_device', 'quantize_checkpoint', 'dequantize_checkpoint']
 
 # %% ../nbs/07_convert.ipynb #c9d71040
 import hashlib, json, os, queue, re, struct, threading, time
@@ -301,7 +301,11 @@ def _tall(source, parts, raw, scales):
 _Flight = namedtuple('Flight', 'batch scales there made here ticket release buffer')    # there: its bytes on the device; made: results there; here: where they will be
 _Flight.__doc__ = "A batch on its way; it holds all memory that is in use, on both sides"
 
-def _encode(w, book, norm):
+def encode_rows_on(
+    w:Tensor, # (rows, in_features), any float dtype
+    book, # a Codebook
+    norm:str, # "gain" or "l2"
+) -> tuple: # packed, norms, flag
     """Quantizes rows of a matrix on its device: packed, norms, and a flag on the device that is not 0 if this has to be done again by quantize_rows.
 
     The kernel never waits for the device; the function for every device needs no flag, because it has looked."""
@@ -310,8 +314,8 @@ def _encode(w, book, norm):
     return encode_rows(w, book, norm)
 
 def _tried(w, book, norm):
-    "What _encode made, or nothing if a weight is not finite"
-    try: return [t.contiguous() for t in _encode(w, book, norm) if t is not None]
+    "What encode_rows_on made, or nothing if a weight is not finite"
+    try: return [t.contiguous() for t in encode_rows_on(w, book, norm) if t is not None]
     except NonFiniteError: return []
 
 def _launch(lane, source, batch, raw, scales, buffer, norm, book):

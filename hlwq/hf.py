@@ -25,9 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # %% ../nbs/22_transformers.ipynb #e72df527
 from . import __version__
-from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing, parse_size, why_no_triton
+from .core import BLOCK_SIZE, CheckpointError, ConfigError, HLWQError, NonFiniteError, TensorInfo, UnsupportedError, check_bits, dtype_name, listing, parse_size
 from .checkpoint import CheckpointReader
-from .convert import model_card, quantization_config
+from .convert import encode_rows_on, model_card, quantization_config
 from .linear import norm_bits
 from .lloyd_max import codebook as get_codebook
 from .packed_model import Target, hlwq_report, packed_parts, place, save_packed, unpack, warn_if_slow
@@ -245,16 +245,11 @@ def encode(
     fits = (((a == 0) | (a >= F16_MIN)).all(1) & (a.amax(1) <= F16_MAX))[:, None, None]      # as store_norms decides for one expert
     return packed, norms.half() if fits.all() else torch.where(fits, norms.half().float(), norms)
 
-def _encode_fast(w, book, norm):
-    if not why_no_triton(w.device):
-        from hlwq.kernels.quantize import encode_rows
-        packed, norms, flag = encode_rows(w, book, norm)
-        if flag is None or not int(flag): return packed, norms
-    return quantize_rows(w, book, norm)                        # also what the kernel leaves to it: not finite, or far out of range
-
 def _encode(t, w, norm, name):
     "Codes and float32 norms of some rows"
-    try: packed, norms = _encode_fast(w, t.book, norm)
+    try:
+        packed, norms, flag = encode_rows_on(w, t.book, norm)
+        if flag is not None and int(flag): packed, norms = quantize_rows(w, t.book, norm)         # what a kernel leaves to it: not finite, or far out of range
     except NonFiniteError: raise NonFiniteError(nonfinite_message(w, name)) from None
     store_norms(norms)                                         # raises for norms that no type can hold
     return packed, norms

@@ -22,7 +22,7 @@ from .core import BLOCK_SIZE, CheckpointError, HLWQPerformanceWarning, Unsupport
 from .checkpoint import CheckpointWriter, entry_nbytes
 from .experts import HLWQExperts, PackedStack, experts_interface
 from .kernels import cpu
-from .linear import HLWQEmbedding, HLWQLinear, Packed, compiled, why_no_kernels
+from .linear import HLWQEmbedding, HLWQLinear, Packed, compiled, gpu_kernels, why_no_kernels
 from .lloyd_max import Codebook
 
 # %% ../nbs/21a_packed_model.ipynb #b0ae67d9
@@ -171,6 +171,8 @@ def warn_if_slow(
         if backend_of(m).startswith('torch'): slow.setdefault(m.packed.device.type, []).append(name)
     for kind,names in slow.items():
         warn_once(f"{len(names)} packed layers on {kind} are decoded by torch, some rows at a time, at every call: {why_no_kernels(torch.device(kind))}", HLWQPerformanceWarning)
+    plain = next((why for _,m in packed_parts(model) if (gemm := gpu_kernels(m.packed.device)) and (why := gemm.why_no_ptx())), '')
+    if plain: warn_once(f"packed layers run on kernels in plain Triton, correct and several times slower than with the instructions of an NVIDIA GPU from Ampere on: {plain}", HLWQPerformanceWarning)
 
 # %% ../nbs/21a_packed_model.ipynb #23c240d2
 def _dense_linear(m, dtype):

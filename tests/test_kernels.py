@@ -4,11 +4,12 @@ import torch
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')     # before triton is imported
 import pytest
 pytest.importorskip('triton')
-from hlwq.core import ConfigError, UnsupportedError
+from hlwq.core import ConfigError, UnsupportedError, asset_path
 from hlwq.kernels import gemm, gemv, layout, moe
 from hlwq.kernels.quantize import cell_tables, encode_rows
 from hlwq.lloyd_max import Codebook, codebook
 from hlwq.quantize import quantize, quantize_rows
+from hlwq.source import open_source
 
 GPU = torch.cuda.is_available()
 if not GPU and not layout.INTERPRETED: pytest.skip('triton was imported without TRITON_INTERPRET before', allow_module_level=True)
@@ -80,6 +81,17 @@ def test_gemv(bits, dtype, poisoned):
         tiles, norms, book, _ = matrix(out, width, bits)
         x = activations(1, width, dtype)
         assert error(gemv.gemv(x, tiles, norms, book, shape), gemv.gemv_ref(x, tiles, norms, book, dtype).to(dtype)) < 1e-3
+
+def test_trained_weights():
+    "Heavy tails and activations of different sizes, as no random matrix has them"
+    with open_source(asset_path('tiny-moe-10m')) as src: w = src.read('model.layers.3.self_attn.q_proj.weight')[:48].float()
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0))*torch.logspace(-2, 2, 256)
+    for bits in (3, 5):
+        q = quantize(w, bits)
+        tiles, norms, book = layout.to_tiles(q.packed.view(48, -1).to(device), bits), q.norms.to(device), q.codebook.to(device)
+        for M in (1, 9):
+            a = x[:M].to(device, torch.bfloat16)
+            assert error(gemm.matmul(a, tiles, norms, book), gemv.gemv_ref(a, tiles, norms, book, torch.bfloat16).bfloat16()) < 1e-3
 
 def test_every_shape_of_gemv():
     tiles, norms, book, _ = matrix(80, 256, 5)

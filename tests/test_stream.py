@@ -129,7 +129,7 @@ def test_the_same_bytes_through_a_slow_device(name, room, sources, tmp_path, dev
     src,want = sources[name]
     quantize_checkpoint(src, tmp_path/'q', progress=False, max_shard_size=SHARD)
     assert snapshot(tmp_path/'q') == want
-    monkeypatch.setattr(convert, '_encode', flagged())
+    monkeypatch.setattr(convert, 'encode_rows_on', flagged())
     quantize_checkpoint(src, tmp_path/'f', progress=False, max_shard_size=SHARD)
     assert snapshot(tmp_path/'f') == want and verify_checkpoint(tmp_path/'f').ok
     assert all(o.most <= o.window for o in Threads.made) and (room > 3000 or max(o.most for o in Threads.made) == Threads.window)
@@ -201,7 +201,7 @@ def breaking(monkeypatch, owner, name, n, error):
     monkeypatch.setattr(owner, name, f)
     return count
 
-STAGES = dict(read=(Source, 'read_into'), upload=(Threads, 'upload'), compute=(convert, '_encode'), fetch=(Threads, 'fetch'), wait=(Threads, 'wait'), norms=(convert, 'store_norms'),
+STAGES = dict(read=(Source, 'read_into'), upload=(Threads, 'upload'), compute=(convert, 'encode_rows_on'), fetch=(Threads, 'fetch'), wait=(Threads, 'wait'), norms=(convert, 'store_norms'),
     write=(BehindWriter, '_to_disk'), hash=(BehindWriter, '_hash'), close=(BehindWriter, 'close'), check=(Source, 'check_unchanged'), rename=(os, 'replace'), journal=(checkpoint.CheckpointWriter, 'finish_shard'))
 
 def counted_and_broken(monkeypatch, stage, src, out, n, error):
@@ -241,8 +241,8 @@ def test_what_came_before_an_error_is_whole(sources, tmp_path, device, monkeypat
     w = t[second.row.name]
     (w[second.expert] if second.expert is not None else w)[3, 4] = float('nan')
     write_model(tmp_path/'src', t)
-    for i,encode in enumerate((convert._encode, flagged(10**6))):
-        monkeypatch.setattr(convert, '_encode', encode)
+    for i,encode in enumerate((convert.encode_rows_on, flagged(10**6))):
+        monkeypatch.setattr(convert, 'encode_rows_on', encode)
         with pytest.raises(NonFiniteError, match=rf'{second.key}: 1 NaN.*\(3, 4\)'): quantize_checkpoint(tmp_path/'src', tmp_path/f'q{i}', progress=False, max_shard_size=SHARD)
         assert len((tmp_path/f'q{i}.partial'/'journal.jsonl').read_text().splitlines()) == 2
         assert [p.name for p in (tmp_path/f'q{i}.partial').glob('*.safetensors*')] == [list(shards)[0]]
@@ -340,7 +340,7 @@ def test_the_calls_that_cuda_gets(sources, tmp_path, monkeypatch):
     def on_the_device(w, book, norm):
         assert now[-1] == 'work', 'computing outside its stream'
         return encode(w, book, norm)
-    monkeypatch.setattr(convert, '_encode', on_the_device)
+    monkeypatch.setattr(convert, 'encode_rows_on', on_the_device)
     src,want = sources['toy']
     quantize_checkpoint(src, tmp_path/'q', progress=False, max_shard_size=SHARD)
     assert snapshot(tmp_path/'q') == want

@@ -162,9 +162,14 @@ def test_gradients_through_experts(gpu, layer):
     assert error(x.grad, ref) < 1e-5
     torch.library.opcheck(torch.ops.hlwq.expert_linear.default, (x.detach(), rows, ids, s.packed.data, s.norm_bits.data, s.key, 'eager'), test_utils=('test_schema', 'test_faketensor'))
 
-def test_the_report_names_the_kernels(gpu):
+def test_the_report_names_the_kernels(gpu, monkeypatch):
+    from hlwq import packed_model
     m = nn.Sequential(HLWQLinear.from_quantized(packed_matrix()).place_())
     assert 'torch' not in str(hlwq.hlwq_report(m))
+    said = []
+    monkeypatch.setattr(packed_model, 'warn_once', lambda message, category: said.append(message))
+    packed_model.warn_if_slow(m)
+    assert len(said) == 1 and 'TRITON_INTERPRET is set' in said[0]             # it is plain Triton here
 
 def test_a_layer_that_never_ran_compiles_whole():
     q = packed_matrix(16, 128)

@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../../nbs/13_gemm.ipynb #4382ff9d
+# %% ../../nbs/13_gemm.ipynb #2d577bb1
 from ..core import BLOCK_SIZE, UnsupportedError
 from ..lloyd_max import Codebook
-from ..quantize import dequantize_rows
 from .gemv import GEMV_MAX_BLOCKS, gemv, gemv_ref, lane_table, load_words, look_up, pair, _pair_table, _stream
 from .layout import on_device
 from .quantize import TL_DTYPE
-from .lanes import PTX, bfly, butterflies32, early_start, ld4, load_block, mma, narrow, pack2, st4, store_block, wait_for_predecessor
+from .lanes import butterflies32, early_start, ld4, load_block, mma, narrow, pack2, st4, store_block, wait_for_predecessor, why_no_ptx
 
 # %% ../../nbs/13_gemm.ipynb #701f81ff
 @triton.jit

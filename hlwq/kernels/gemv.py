@@ -263,7 +263,7 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
         present = following
     _add_up(sums, OUT + y.to(tl.int64)*rows, first, rows, q, W, WK, TILES, DT)
 
-# %% ../../nbs/12_gemv.ipynb #644c8a46
+# %% ../../nbs/12_gemv.ipynb #0a1b036c
 @lru_cache(maxsize=16)
 def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
@@ -314,11 +314,11 @@ def gemv(
     launch_gemv(x, tiles, norms, book, out, out, out, len(norms), x.shape[1], shape or gemv_shape(n, nb, bits, x.device), 0, 1, len(x))
     return out
 
-def launch_gemv(x, tiles, norms, book, out, ids, weights, rows, K, shape, mode, topk, y):
-    "Starts the kernel of this page, for one matrix or for experts"
+def launch_gemv(x, tiles, norms, book, out, ids, weights, rows, K, shape, mode, topk, y, early=True):
+    "Starts the kernel of this page, for one matrix or for experts; early only if codes, norms and (in mode 2) ids are older than the kernel before it"
     *_, n, nb, bits, _, _ = tiles.shape
     w, wk, t = shape
-    early = early_start(x.device)
+    early = early and early_start(x.device)
     with on_device(x.device):
         _gemv_kernel[(ceil(n/(w//wk*t)), y)](x, tiles.view(torch.int64), norms, _pair_table(book, x.device, x.dtype), out, ids, weights, rows, K, len(tiles), n*nb*bits*32, rows*nb,
             NB=nb, BITS=bits, W=w, WK=wk, TILES=t, MODE=mode, TOPK=topk, EARLY=early, DT=TL_DTYPE[x.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))

@@ -33,7 +33,7 @@ def expert_ref(
     "Defines the product of each pair: its activation times the matrix of its expert"
     return torch.cat([gemv_ref(x[r:r+1], tiles[e], norms[e], book, dtype) for r,e in zip(rows.tolist(), ids.tolist())])
 
-# %% ../../nbs/14_moe.ipynb #53a64d73
+# %% ../../nbs/14_moe.ipynb #277365d4
 def _shape(n_tiles, n_blocks, pairs, device):
     "Warps of a program, warps along a row, row tiles of a warp: enough programs for all multiprocessors, in one go if possible"
     wk = max(k for k in (1, 2, 4, 8, 16) if k <= max(1, n_blocks))
@@ -65,6 +65,7 @@ def expert_down(
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # the codebook that encoded them
     shape:tuple=None, # warps, warps along a row, row tiles a warp
+    settled:bool=False, # ids were there before the kernel that ran last, so that this one may read them early
 ) -> Tensor: # (T, out_features), dtype of gate_up
     """The second half of an expert layer in one kernel: silu(gate)*up, the second projection, and the weighted sum over a token's experts.
 
@@ -74,7 +75,7 @@ def expert_down(
     if shape is None:
         wk = max(k for k in (1, 2, 4, 8, 16, 32) if k <= max(1, nb*topk))
         shape = wk, wk, 1
-    launch_gemv(gate_up, tiles, norms, book, out, ids, weights, norms.shape[1], gate_up.shape[1]//2, shape, 2, topk, S//topk)
+    launch_gemv(gate_up, tiles, norms, book, out, ids, weights, norms.shape[1], gate_up.shape[1]//2, shape, 2, topk, S//topk, settled)
     return out
 
 # %% ../../nbs/14_moe.ipynb #2d4d0ce3
@@ -157,7 +158,7 @@ def _through_dense(x, rows, ids, tiles, norms, book):
             if len(at): y[at] = x[rows[at]] @ w[e-a].t()
     return y
 
-# %% ../../nbs/14_moe.ipynb #6b07763e
+# %% ../../nbs/14_moe.ipynb #b1701e48
 def expert_layer(
     x:Tensor, # (T, hidden) float16 or bfloat16
     ids:Tensor, # (T, topk) int64 experts of each token
@@ -171,7 +172,7 @@ def expert_layer(
     T, topk = ids.shape
     x, flat, weights = x.contiguous(), ids.reshape(-1).contiguous(), weights.reshape(-1).contiguous()
     h = expert_gemv(x, flat, topk, *up)
-    y = expert_down(h, flat, weights, topk, *down)
+    y = expert_down(h, flat, weights, topk, *down, settled=True)              # they are older than expert_gemv
     if ('expert_down', x.device, x.dtype, down[2].bits) not in CHECKED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         _check('expert_gemv', x, torch.arange(len(flat), device=x.device)//topk, flat, h, *up)
         _check_down(x, h[:topk], flat[:topk], weights[:topk], y[:1], *down)
