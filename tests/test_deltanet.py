@@ -49,6 +49,7 @@ def compared(inputs, states, weights, ours=None, **kw):
     assert y.dtype == want.dtype == inputs[0].dtype and y.shape == want.shape
     assert gap(y, truth) < 4*gap(want, truth) and gap(ours[1], exact[1]) < 4*gap(ref[1], exact[1])
     if y.dtype != torch.float32: assert gap(y, want) < .2*gap(want, truth)      # the same roundings, so closer to each other than to the truth
+    if ours[1].dtype != torch.float32: assert gap(ours[1], ref[1]) < .2*gap(ref[1], exact[1])
     assert torch.equal(ours[0], ref[0])
     return y
 
