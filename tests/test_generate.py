@@ -10,9 +10,11 @@ from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,StaticCac
 from transformers.generation import logits_process
 import hlwq
 from hlwq.core import ConfigError,HLWQPerformanceWarning,asset_path,warn_once
+from hlwq.buffers import *
 from hlwq.generate import *
-from hlwq.generate import ARCHITECTURES,_width,_written
+from hlwq.generate import _written
 from hlwq.load import load_model
+from hlwq.sampling import *
 from kit import EXPERTS,SIZES,complete,quantized
 
 transformers.logging.set_verbosity_error()
@@ -146,7 +148,7 @@ def test_chunks_have_the_same_logits():
 @pytest.mark.parametrize('doubling', [False, True])
 def test_wider_keys_on_the_way(doubling, monkeypatch):
     "On a GPU the step sees 256 keys, past them 512; elsewhere the width follows in steps of 64. Buffers that are kept serve short texts after long ones"
-    if doubling: monkeypatch.setattr(sys.modules['hlwq.generate'], '_width', lambda b, n, real=_width: real(SimpleNamespace(own=True, capacity=b.capacity, device=torch.device('cuda')), n))
+    if doubling: monkeypatch.setattr(Buffers, 'width_for', lambda b, n, real=Buffers.width_for: real(SimpleNamespace(own=True, capacity=b.capacity, device=torch.device('cuda')), n))
     model = model_of('llama', max_position_embeddings=2048)
     g,seen = HLWQGenerator(model, 64),[]
     step = g._step
@@ -221,7 +223,7 @@ def test_penalty(penalty):
 
 def test_all_together(monkeypatch):
     "The order of the processors is that of transformers; a temperature before top_p keeps other tokens than one after it"
-    monkeypatch.setattr(sys.modules['hlwq.generate'], 'draw', lambda logits, generator: logits)
+    monkeypatch.setattr(sys.modules['hlwq.sampling'], 'draw', lambda logits, generator: logits)
     how = Sampling(True, .6, 20, .8, .02, 1.2)
     seen = torch.rand(6, 50, generator=torch.Generator().manual_seed(2)) < .3
     model = model_of('llama')
