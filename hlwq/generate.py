@@ -70,7 +70,7 @@ def _step(self:HLWQGenerator, b):
     b.slot.add_(1)
     self._choose(b, logits)
 
-# %% ../nbs/42_generate.ipynb #4c889eb2
+# %% ../nbs/42_generate.ipynb #e6edb3fb
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
     b.fused = False
@@ -107,17 +107,26 @@ def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last posi
     for i in range(start, length, self.prefill_chunk):
         j = min(i+self.prefill_chunk, length)
         b.show(j if b.own else b.capacity)
-        logits = self._logits(b, ids[:, i:j], positions[:, i:j], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
+        ours = b.fused and self.config._attn_implementation == 'sdpa'
+        mask = None if ours and i == 0 and not padded else prompt_mask(real, i, j, b.width)    # without one, attention is causal and faster
+        logits = (self.step.read if ours else self._logits)(b, ids[:, i:j], positions[:, i:j], mask, real[:, i:j] if padded else None)
     return logits
 
-# %% ../nbs/42_generate.ipynb #c2b0c407
+# %% ../nbs/42_generate.ipynb #7a1c301e
 @patch
 def _record(self:HLWQGenerator, b, key):
     start,graph = perf_counter(),torch.cuda.CUDAGraph()
     if hasattr(graph, 'register_generator_state'): graph.register_generator_state(b.generator) # else a replay would draw the same numbers again
-    with torch.cuda.graph(graph): self._step(b)
+    try:
+        with torch.cuda.graph(graph): self._step(b)
+    except RuntimeError as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError): raise
+        warn_once(f"{type(self.model).__name__}: its step cannot be recorded ({str(e).splitlines()[0][:200]}); it runs kernel by kernel, which gives the same and takes longer", HLWQPerformanceWarning)
+        self.use_graphs = False
+        return False
     b.graphs[key] = graph
     self.capture_seconds = (self.capture_seconds or 0) + perf_counter()-start
+    return True
 
 @patch
 def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in the cache
@@ -126,8 +135,7 @@ def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in th
     key = (b.fused or b.width, self.how, self.eos, self.pad)
     if key in b.graphs: return b.graphs[key].replay()
     if b.warm.setdefault(key, 0) == 2:
-        self._record(b, key)
-        return b.graphs[key].replay()
+        return b.graphs[key].replay() if self._record(b, key) else self._step(b)
     b.warm[key] += 1
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
