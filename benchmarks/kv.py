@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from common import about, save, said
-from hlwq.core import HLWQWarning
+from hlwq.core import HLWQWarning, human_bytes
 from hlwq.evaluate import cut_windows, estimate, load_text_tokens
-from hlwq.kv_cache import HLWQCache, HLWQLayer, _geometry, blocks_of
+from hlwq.kv_cache import HLWQCache, HLWQLayer, _geometry, blocks_of, query_rms
 from hlwq.kv_codec import BLOCK_TOKENS, block_nbytes
 
 WIDTHS = ((4, 4), (3, 3), (3, 2), (2, 2))
@@ -56,22 +56,6 @@ def with_offsets(cache, offsets):
     for i,layer in enumerate(cache.layers):
         if i in offsets: layer.update = (lambda f, o: lambda k, v, *args, **kwargs: f(k + o, v, *args, **kwargs))(layer.update, offsets[i])
     return cache
-
-@torch.no_grad()
-def query_size(model, ids):
-    "Root mean square of the queries by layer, (heads of keys, head_dim), as attention gets them"
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-    found, before = {}, model.config._attn_implementation
-    def recording(module, q, k, *args, **kwargs):
-        found[module.layer_idx] = q.float().unflatten(1, (k.shape[1], -1)).square().mean((0, 2, 3)).sqrt()
-        return sdpa_attention_forward(module, q, k, *args, **kwargs)
-    AttentionInterface.register('recording', recording); AttentionMaskInterface.register('recording', sdpa_mask)
-    model.set_attn_implementation('recording')
-    model(ids, use_cache=False, logits_to_keep=1)
-    model.set_attn_implementation(before)
-    return found
 
 def continued(cache, exact):
     "Fills a cache with what an exact one holds"
@@ -122,6 +106,23 @@ def measure(model, windows, start, found, offsets=(), one_by_one=False):
             rows[k].append(score(logits_of(model, ids, cache, start, one_by_one), t, reference))
     return {k:torch.stack(v) for k,v in rows.items()}
 
+@torch.inference_mode()
+def token_seconds(model, ids, make_cache, n=16):
+    "Median time of one more token behind these"
+    cache, times = make_cache(), []
+    call(model, ids, cache)
+    for _ in range(n + 2):
+        start = time.perf_counter()
+        call(model, ids[:, -1:], cache)
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[n//2]
+
+def big_memory():
+    "A Qwen3.5 of 35 billion weights: ten layers of two heads of 256; arithmetic alone"
+    from transformers import Qwen3_5MoeTextConfig
+    config = Qwen3_5MoeTextConfig(num_key_value_heads=2, head_dim=256, max_position_embeddings=262_144)
+    return [dict(cache=f'K{k}V{v}', tokens=n, nbytes=(m := HLWQCache(config, k, v).memory(n)).nbytes, baseline=m.baseline, ratio=m.ratio) for k,v in WIDTHS for n in (1024, 2048, 8192, 32_768, 262_144)]
+
 def bits_per_number(config, k_bits, v_bits, plain=False, **_):
     heads, k, v = _geometry(config)
     return 8*(block_nbytes(k, k_bits, not plain) + block_nbytes(v, v_bits, False))/(BLOCK_TOKENS*(k + v))
@@ -140,11 +141,14 @@ def run(path, name, args, outliers):
     model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
     tokens = {f.stem if f.stem not in ('test', 'valid') else f'{f.parent.name}-{f.stem}':load_text_tokens(f, tokenizer, 40_000) for f in args.text}
     offsets = add_outliers(model) if outliers else {}
-    queries = query_size(model, next(iter(tokens.values()))[None, -512:]) if args.long else None
+    queries = query_rms(model, next(iter(tokens.values()))[None, -512:]) if args.long else None
     n = args.windows*(1 if model.config.num_hidden_layers > 10 else 2)
     short, found = torch.cat([cut_windows(t, 1024)[:n] for t in tokens.values()]), variants(WIDTHS, queries, True)
     res = [dict(model=name, outliers=outliers, window=1024, start=512, texts={k:n for k in tokens}, tokens=511*len(short),
         rows=summary(measure(model, short, 512, found, offsets, args.one_by_one), found, model.config))]
+    if not outliers:
+        from transformers import DynamicCache
+        res[0]['token_seconds'] = {k:token_seconds(model, short[:1], f) for k,f in {'DynamicCache':lambda: DynamicCache(config=model.config), 'K4V4':lambda: HLWQCache(model.config)}.items()}
     if args.long and not outliers and model.config.max_position_embeddings >= 4096:
         windows = torch.cat([cut_windows(t, 4096)[:1] for t in list(tokens.values())[:args.long]])
         found = variants(((4, 4), (3, 3), (2, 2)), queries, False)
@@ -168,8 +172,12 @@ def markdown(r):
             f"{o['tokens']:,} scored tokens in windows of {o['window']:,} ({where}); perplexity of the exact cache {o['rows']['exact']['perplexity']:.2f}", '',
             '| cache | bits per number | KL, nats/token | perplexity | top-1 agreement, % |', '|---|---|---|---|---|']
         lines += [f"| {k} | {v['bits']:.2f} | {v['kl']:.4f} ± {v['kl_error']:.4f} | x {v['ratio']:.4f} ± {v['ratio_error']:.4f} | {100*v['top1']:.1f} ± {100*v['top1_error']:.1f} |" for k,v in o['rows'].items() if k != 'exact']
+        if 'token_seconds' in o and o['window'] == 1024: lines += ['', 'One token behind 1,024, float32, plain torch, ms: ' + ', '.join(f'{k} {1e3*v:.0f}' for k,v in o['token_seconds'].items()) + '.']
         lines.append('')
-    lines += ['## Targets', '', '| model | cache | KL at most | KL | reached |', '|---|---|---|---|---|']
+    lines += ['## Memory', '', 'Ten layers of two heads of 256, as in a Qwen3.5 of 35 billion weights: bytes of the cache by arithmetic, everything counted, and how many times smaller than in 16 bits. The ring of 256 tokens is allocated from the start.', '',
+        '| cache | ' + ' | '.join(f"{m['tokens']:,} tokens" for m in r['memory'][:5]) + ' |', '|---|' + '---|'*5]
+    lines += [f"| {f'K{k}V{v}'} | " + ' | '.join(f"{human_bytes(m['nbytes'])} ({m['ratio']:.2f}x)" for m in r['memory'] if m['cache'] == f'K{k}V{v}') + ' |' for k,v in WIDTHS]
+    lines += ['', '## Targets', '', '| model | cache | KL at most | KL | reached |', '|---|---|---|---|---|']
     lines += [f"| {o['model']}{', outliers' if o['outliers'] else ''} | {o['what']} | {o['target']:.4f} | {o['kl']:.4f} | {'yes' if o['reached'] else '**no**'} |" for o in r['targets']]
     return '\n'.join([*lines, '', said(r)])
 
@@ -197,7 +205,7 @@ def main():
     import transformers
     r = about()
     r |= dict(command=f"python benchmarks/kv.py --model {' '.join(names)} --text {' '.join(texts)} --windows {a.windows} --long {a.long}", seconds=round(time.time() - start), texts=texts,
-        versions=r['versions'] | dict(transformers=transformers.__version__), targets=judged(results), results=results)
+        versions=r['versions'] | dict(transformers=transformers.__version__), targets=judged(results), memory=big_memory(), results=results)
     if a.write: save('kv-quality', r, markdown(r))
     print(markdown(r))
 

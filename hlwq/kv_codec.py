@@ -6,8 +6,9 @@
 __all__ = ['BLOCK_TOKENS', 'EXACT', 'head_parts', 'head_rotation', 'check_kv_bits', 'KVBlocks', 'empty_blocks', 'block_nbytes',
            'encode_blocks', 'decode_blocks', 'decode_ref']
 
-# %% ../nbs/29_kv_codec.ipynb #afc8cbf5
+# %% ../nbs/29_kv_codec.ipynb #a23df068
 from dataclasses import dataclass
+from functools import lru_cache
 
 # %% ../nbs/29_kv_codec.ipynb #d0f1e703
 import torch
@@ -71,15 +72,19 @@ def _take_out(y, query_rms): # y (head_dim, heads, blocks, 128) float32, changed
     y /= scales.float()[..., None]
     return means, scales
 
-# %% ../nbs/29_kv_codec.ipynb #7370da91
+# %% ../nbs/29_kv_codec.ipynb #3b66a2c2
+@lru_cache(maxsize=None)
+@torch.inference_mode(False)
+def _book(bits, device): return codebook('lloyd-max', bits).to(device)      # kept there: copying it each time would make the GPU wait
+
 def _refine(z, book, rounds=3): # (head_dim, n) float32, rotated -> codes (head_dim, n) uint8, gains (n,) float32
-    cells, centroids, scratch, t = make_cells(book, z.device), book.centroids.to(z.device), torch.empty_like(z), torch.empty_like(z)
+    cells, scratch, t = make_cells(book, z.device), torch.empty_like(z), torch.empty_like(z)
     index = torch.empty_like(z, dtype=torch.int32)
     gain = (_sum_rows(torch.mul(z, z, out=t)).double()/len(z)).sqrt().float()
     for _ in range(rounds):
         torch.mul(z, gain.reciprocal(), out=t).nan_to_num_(nan=0.)
         codes = nearest_codes(t, cells, scratch, index)
-        c = torch.index_select(centroids, 0, index.copy_(codes).view(-1)).view_as(z)
+        c = torch.index_select(book.centroids, 0, index.copy_(codes).view(-1)).view_as(z)
         energy, projection = _sum_rows(torch.mul(c, c, out=t)), _sum_rows(c.mul_(z))
         gain = projection/energy
     return codes, gain
@@ -156,7 +161,7 @@ def block_nbytes(
     if bits == EXACT: return 2*BLOCK_TOKENS*head_dim
     return BLOCK_TOKENS*head_dim*bits//8 + 2*BLOCK_TOKENS + 4*head_dim*bool(channels)
 
-# %% ../nbs/29_kv_codec.ipynb #9e9b7e13
+# %% ../nbs/29_kv_codec.ipynb #e48f5728
 def _pieces(rows, heads, n_blocks, head_dim, device):
     "Slices of rows and of blocks, with at most about 2**18 numbers each on a CPU, 2**24 on a GPU"
     room, block = (1 << 18 if device.type == 'cpu' else 1 << 24), heads*BLOCK_TOKENS*head_dim
@@ -170,7 +175,7 @@ def _columns_first(x): return x.permute(4, 1, 0, 2, 3)     # the order in which 
 def _heads_first(x): return x.transpose(0, 1)              # a statistic of (rows, heads, ...) in that order
 
 def _encode_piece(x, out, query_rms): # x (rows, heads, blocks, 128, head_dim), out KVBlocks of the same
-    d, book = x.shape[4], codebook('lloyd-max', out.bits)
+    d, book = x.shape[4], _book(out.bits, x.device)
     y = torch.empty(_columns_first(x).shape, dtype=torch.float32, device=x.device).copy_(_columns_first(x))
     columns, stats = y.view(d, -1), y.view(d, x.shape[1], -1, BLOCK_TOKENS)
     if out.means is not None:
@@ -200,12 +205,11 @@ def encode_blocks(
         for i,j in _pieces(rows, heads, n, d, x.device): _encode_piece(_blocked(x)[i, :, j], out.map(lambda o: o[i, :, j]), query_rms)
     return out
 
-# %% ../nbs/29_kv_codec.ipynb #452fcf9e
+# %% ../nbs/29_kv_codec.ipynb #be468c31
 def _decode_piece(blocks, out): # out (rows, heads, blocks, 128, head_dim)
     packed = blocks.codes.permute(4, 1, 0, 2, 3)               # (bytes, heads, rows, blocks, 128)
     codes = unpack_block_planes(packed.reshape(len(packed), -1), blocks.bits)
-    book = codebook('lloyd-max', blocks.bits)
-    y = torch.index_select(book.centroids.to(codes.device), 0, codes.int().view(-1)).view(codes.shape)
+    y = torch.index_select(_book(blocks.bits, codes.device).centroids, 0, codes.int().view(-1)).view(codes.shape)
     y = _rotate(y, torch.empty_like(y)).view(-1, *packed.shape[1:])
     y *= _heads_first(blocks.gains).float()
     if blocks.means is not None:

@@ -28,6 +28,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
     hf='core checkpoint convert linear lloyd_max packed_model quantize recipe source',
     load='core checkpoint hf linear packed_model',
+    kv_codec='core hadamard lloyd_max packing quantize',
+    kv_cache='core kv_codec',
     generate='core',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
@@ -37,7 +39,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
-USERS = {'evaluate','demo','cli','hf','load'}               # what runs a model or draws it may use transformers and matplotlib as it likes
+USERS = {'evaluate','demo','cli','hf','load','kv_cache'}    # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
     "The full names that one import statement of `hlwq.<name>` reaches: a `from` gives module and names apart"
