@@ -97,7 +97,7 @@ def follow(kind, dtype, n_k_heads, n_v_heads, kernel_size, rows, parts):
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize('T', (1, 3, 63, 64, 65, 130))
-def test_like_transformers(T, dtype, poisoned): follow('qwen3_5_moe', dtype, 1, 2, 4, 1 + T%2, [T])
+def test_like_transformers(T, dtype, poisoned): follow('qwen3_5_moe', dtype, 1, 2, 4, 2 if T < 9 else 1, [T])
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize('kind,n_k_heads,n_v_heads,kernel_size,rows', [('qwen3_5_moe', 2, 2, 3, 1), ('qwen3_next', 1, 2, 4, 1)])
@@ -260,7 +260,7 @@ def test_wrong_results_are_found_out(monkeypatch):
     assert len(module.CHECKED) == 1
 
 def test_every_shape():
-    assert scan_shape(128, 128, 2, 232448) == (32, 4, 2)                    # one row of Qwen3.6-35B-A3B on an H100: 128 programs
+    assert scan_shape(128, 128) == (32, 4, 2) and scan_shape(128, 128, shared=101376) == scan_shape(128, 128, split16=False) == (32, 4, 1)                    # one row of Qwen3.6-35B-A3B on an H100: 128 programs
     inputs, states, weights = case(1, 66, 1, 2, 32, 40)
     want, kept = torch.empty_like(inputs[1]), copies(states)
     launch_deltanet_prompt(*inputs, *kept, *weights, False, want)

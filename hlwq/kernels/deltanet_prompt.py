@@ -151,7 +151,7 @@ def _conv_prompt_kernel(X, CONV, WEIGHT, BIAS, Y, LENGTHS, T, x_row, x_step, con
         tl.store(LENGTHS + (row*2*n_k_heads + head)*T + first + t, length, mask=live)
     if first == 0: _keep_last(X, CONV, T, c, ok, x_step, channel_stride, WIDTH, BW, FRESH, ST)
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #bf4c4c47
+# %% ../../nbs/16a_deltanet_prompt.ipynb #fb0faa31
 @triton.jit
 def gates_of(A, B, A_LOG, DT_BIAS, h, at, live, a_step, b_step, DT: tl.constexpr):
     "Logarithms of the decays of head h at tokens `at`, and how much of the corrections is made; zeros for tokens that do not live"
@@ -204,7 +204,7 @@ def _chunk_kernel(Y, LENGTHS, B, A, A_LOG, DT_BIAS, PAIRS, FACTORS, T, b_row, b_
     live = at < T
     wait_for_predecessor(EARLY)
     g, beta = gates_of(A + row*a_row, B + row*b_row, A_LOG, DT_BIAS, h, at.to(tl.int64), live, a_step, b_step, DT)
-    g = tl.cumsum(g, 0)
+    g = tl.cumsum(g.to(tl.float64), 0)                         # differences of large sums are small: they need more digits than float32 has
     LENGTHS += row*2*n_k_heads*T
     q_length = tl.load(LENGTHS + source*T + at, mask=live, other=0)
     k_length = tl.load(LENGTHS + (n_k_heads + source)*T + at, mask=live, other=0)
@@ -212,7 +212,7 @@ def _chunk_kernel(Y, LENGTHS, B, A, A_LOG, DT_BIAS, PAIRS, FACTORS, T, b_row, b_
     k = load_tokens(Y + (n_k_heads + source)*DK, channels, live, DK, BK, C)
     if not SPLIT: k = k.to(tl.float32)
     zero = tl.zeros((C, C), tl.float32)
-    rate = tl.exp(tl.where(i[:, None] >= i[None, :], g[:, None] - g[None, :], float('-inf')))*k_length[None, :]
+    rate = tl.exp(tl.where(i[:, None] >= i[None, :], (g[:, None] - g[None, :]).to(tl.float32), float('-inf')))*k_length[None, :]
     A_ = tl.where(i[:, None] > i[None, :], dot(k, tl.trans(k), zero)*rate*(beta*k_length)[:, None], 0.0)
     unit = (row*n_v_heads + h)*tl.num_programs(0) + chunk
     PAIRS += unit*((4 if SPLIT else 2)*C*C)
@@ -221,11 +221,11 @@ def _chunk_kernel(Y, LENGTHS, B, A, A_LOG, DT_BIAS, PAIRS, FACTORS, T, b_row, b_
     if not SPLIT: q = q.to(tl.float32)
     store_pair(PAIRS + (2 if SPLIT else 1)*C*C, dot(q, tl.trans(k), zero)*rate*q_length[:, None], C, SPLIT)
     FACTORS += unit*(4*C)
-    decay = tl.exp(g)
+    decay = tl.exp(g.to(tl.float32))
     tl.store(FACTORS + i, decay)
     tl.store(FACTORS + C + i, decay*k_length)
     tl.store(FACTORS + 2*C + i, decay*q_length)
-    tl.store(FACTORS + 3*C + i, tl.exp(tl.sum(tl.where(i == C - 1, g, 0.0), 0) - g)*k_length)
+    tl.store(FACTORS + 3*C + i, tl.exp((tl.sum(tl.where(i == C - 1, g, 0.0), 0) - g).to(tl.float32))*k_length)
 
 # %% ../../nbs/16a_deltanet_prompt.ipynb #7cce45bb
 @triton.jit
@@ -377,17 +377,17 @@ def deltanet_prompt(
     launch_deltanet_prompt(qkv, z, b, a, conv_state, state, *rest, fresh, out)
     return out
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #a488d640
+# %% ../../nbs/16a_deltanet_prompt.ipynb #0edfa013
 def scan_shape(
     head_k_dim:int, # rows of a state
     head_v_dim:int, # columns of a state
-    itemsize:int=2, # bytes of a number
+    split16:bool=True, # bfloat16 factors, split; float32 otherwise
     shared:int=232448, # bytes of shared memory that a program may have
 ) -> tuple: # columns of a program, warps, chunks in shared memory at a time
     "Chooses how columns of states are shared out, and whether the next chunk is loaded while one is computed"
     bk, columns = max(16, triton.next_power_of_2(head_k_dim)), min(32, max(16, triton.next_power_of_2(head_v_dim)))
-    needs = 2*64*(2*bk + 4*64)*itemsize + 8*columns*(bk + 64)  # two chunks of keys, queries and both matrices; what products take besides
-    return columns, 4 if itemsize == 2 and bk <= 128 else 8, 2 if itemsize == 2 and needs <= shared else 1
+    needs = 2*2*64*(2*bk + 4*64) + 8*columns*(bk + 64)   # two chunks of keys, queries and both matrices; what products take besides
+    return columns, 4, 2 if split16 and needs <= shared else 1
 
 @lru_cache(maxsize=16)
 def _shared(device): return getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 0) or 49152
@@ -396,7 +396,7 @@ def launch_deltanet_prompt(qkv, z, b, a, conv_state, state, conv_weight, A_log, 
     "Starts the four kernels, without any check; shape from scan_shape by default"
     (rows, hv, dk, dv), T, C, device = state.shape, qkv.shape[1], 64, qkv.device
     n, split16, (bk, bv, block) = triton.cdiv(T, C), qkv.dtype == torch.bfloat16, (max(16, triton.next_power_of_2(i)) for i in (dk, dv, max(dk, dv)))
-    columns, warps, stages = shape or scan_shape(dk, dv, qkv.element_size(), _shared(device) if qkv.is_cuda else 232448)
+    columns, warps, stages = shape or scan_shape(dk, dv, split16, _shared(device) if qkv.is_cuda else 232448)
     y, lengths, factors = torch.empty(qkv.shape, dtype=qkv.dtype, device=device), torch.empty((rows, 2*n_k_heads, T), device=device), torch.empty((rows, hv, n, 4, C), device=device)
     pairs = torch.empty((rows, hv, n, 4 if split16 else 2, C, C), dtype=torch.bfloat16 if split16 else torch.float32, device=device)
     early = early_start(device)
