@@ -170,7 +170,7 @@ def step_shares(
     for r in rows: res[kernel_kind(r['name'], r['count'])] += r['us']
     return res
 
-# %% ../nbs/84_bench_decode.ipynb #e7424c61
+# %% ../nbs/84_bench_decode.ipynb #a2771cef
 @torch.no_grad()
 def profile_steps(
     g:HLWQGenerator, # after a text; its buffers have room for more
@@ -179,7 +179,7 @@ def profile_steps(
 ) -> list: # of dicts: name, count, us, all a token
     "Lists the kernels of some steps"
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as p:
         for i in range(n): g._advance(g.buffers, at+i+1)
         torch.cuda.synchronize()
     return kernel_rows([(o.name, o.device_time) for o in p.events() if o.device_type == torch.autograd.DeviceType.CUDA], n)
@@ -237,7 +237,7 @@ def row_name(
     "Says which row it is"
     return f"{r['model']}, {r['weights_as']}, {r['way']}, {r['rows']} text{'s'*(r['rows'] > 1)}, context {r['context']:,}"
 
-# %% ../nbs/84_bench_decode.ipynb #b30b99d2
+# %% ../nbs/84_bench_decode.ipynb #fe594594
 @contextmanager
 def _noted(failed, what): # keeps an error as a sentence, if there is a list for it
     try: yield
@@ -247,7 +247,8 @@ def _noted(failed, what): # keeps an error as a sentence, if there is a list for
 
 def _ways(bits, ways, cases): # what is measured of one model
     for way in (ways if bits is None else [w for w in ways if w == 'kernels']):
-        for case in (cases if way != 'eager' else cases[:1]): yield way,*case,(dict(new=16, repeat=1) if way == 'eager' else {})
+        for i,(rows,context) in enumerate(cases if way == 'kernels' else cases[:3] if way == 'graph' else cases[:1]):
+            yield way,rows,context,(dict(new=16, repeat=1) if way == 'eager' else dict(repeat=3, profiled=False) if i else {})      # only the first case is measured at length
 
 def weights_name(
     bits:int, # bits per code, or None
