@@ -222,7 +222,7 @@ def __call__(self:DecodeStep,
         x, total = self.norms[2*i+2](y, total, extra, gate)
     return self.head(x)[0].float()
 
-# %% ../nbs/25_step.ipynb #3a354b61
+# %% ../nbs/25_step.ipynb #8de02952
 @patch
 def read(self:AttentionStep,
     x:Tensor, # (rows, length, hidden) tokens of a prompt
@@ -232,13 +232,15 @@ def read(self:AttentionStep,
     real:Tensor=None, # (rows, length) bool, False for padding; None if there is none
 ) -> Tensor: # (rows, length, hidden)
     "Attention of a prompt, by the layer itself"
-    name = 'cache' if 'cache' in inspect.signature(self.module.forward).parameters else 'past_key_values'
-    return self.module(hidden_states=x, position_embeddings=turns, attention_mask=mask, **{name:b.cache})[0]
+    return self.module(hidden_states=x, position_embeddings=turns, attention_mask=mask, **{_cache_name(self.module, 'past_key_values'):b.cache})[0]
+
+def _cache_name(m, older): return 'cache' if 'cache' in inspect.signature(m.forward).parameters else older      # from transformers 5.24 on
 
 @patch
 def read(self:DeltaNetStep, x, b, turns, mask, real=None):
-    from hlwq.kernels.deltanet_prompt import deltanet_prompt
+    from hlwq.kernels.deltanet_prompt import deltanet_prompt, why_no_prompt
     m, layer, (rows, n, _) = self.module, b.cache.layers[self.index], x.shape
+    if why_no_prompt(x.device, x.dtype, m.head_k_dim, m.head_v_dim): return m(x, attention_mask=real, **{_cache_name(m, 'cache_params'):b.cache})
     if real is not None: x = x*real[..., None]                 # as transformers does: a padding token leaves no trace
     wide, thin = ([o.unflatten(0, (rows, n)) for o in j(x.flatten(0, 1))] for j in (self.wide, self.thin))
     if not layer.is_conv_states_initialized[0]:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKED', 'conv_prompt_ref', 'deltanet_prompt_ref', 'dot', 'split', 'dot2', 'dot3', 'gates_of', 'load_tokens',
-           'inverse', 'store_pair', 'load_pair', 'deltanet_prompt', 'scan_shape', 'launch_deltanet_prompt']
+           'inverse', 'store_pair', 'load_pair', 'why_no_prompt', 'deltanet_prompt', 'scan_shape',
+           'launch_deltanet_prompt']
 
 # %% ../../nbs/16a_deltanet_prompt.ipynb #2fa4c2a7
 from functools import lru_cache
@@ -102,7 +103,7 @@ def dot3(a, b, acc, SPLIT: tl.constexpr):
     else: r = dot(a[0], b[0], acc)
     return r
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #2ed90a73
+# %% ../../nbs/16a_deltanet_prompt.ipynb #2043cb2e
 @triton.jit
 def _before_prompt(CONV, t, c, ok, channel_stride, WIDTH: tl.constexpr):
     "Inputs of channels c at times t < 0 from the cache; zeros for other times"
@@ -119,7 +120,7 @@ def _keep_last(X, CONV, T, c, ok, x_step, channel_stride, WIDTH: tl.constexpr, B
     tl.debug_barrier()                                         # all threads have read before the first one writes
     tl.store(CONV + c.to(tl.int64)[None, :]*channel_stride + j[:, None], narrow(x, ST), mask=(j < WIDTH)[:, None] & ok[None, :])
 
-@triton.jit
+@triton.jit(do_not_specialize=['T'])
 def _conv_prompt_kernel(X, CONV, WEIGHT, BIAS, Y, LENGTHS, T, x_row, x_step, conv_row, channel_stride, scale, n_k_heads, channels, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr,
                         KS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, BIASED: tl.constexpr, FRESH: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr, WT: tl.constexpr, ST: tl.constexpr):
     first = tl.program_id(0)*BT
@@ -151,7 +152,7 @@ def _conv_prompt_kernel(X, CONV, WEIGHT, BIAS, Y, LENGTHS, T, x_row, x_step, con
         tl.store(LENGTHS + (row*2*n_k_heads + head)*T + first + t, length, mask=live)
     if first == 0: _keep_last(X, CONV, T, c, ok, x_step, channel_stride, WIDTH, BW, FRESH, ST)
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #fb0faa31
+# %% ../../nbs/16a_deltanet_prompt.ipynb #6eb4ca45
 @triton.jit
 def gates_of(A, B, A_LOG, DT_BIAS, h, at, live, a_step, b_step, DT: tl.constexpr):
     "Logarithms of the decays of head h at tokens `at`, and how much of the corrections is made; zeros for tokens that do not live"
@@ -192,7 +193,7 @@ def store_pair(P, x, C: tl.constexpr, SPLIT: tl.constexpr):
     tl.store(P + at, x[0])
     if SPLIT: tl.store(P + C*C + at, x[1])
 
-@triton.jit
+@triton.jit(do_not_specialize=['T'])
 def _chunk_kernel(Y, LENGTHS, B, A, A_LOG, DT_BIAS, PAIRS, FACTORS, T, b_row, b_step, a_row, a_step, n_k_heads, n_v_heads, channels, DK: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
                   EARLY: tl.constexpr, DT: tl.constexpr):
     chunk = tl.program_id(0)
@@ -227,7 +228,7 @@ def _chunk_kernel(Y, LENGTHS, B, A, A_LOG, DT_BIAS, PAIRS, FACTORS, T, b_row, b_
     tl.store(FACTORS + 2*C + i, decay*q_length)
     tl.store(FACTORS + 3*C + i, tl.exp((tl.sum(tl.where(i == C - 1, g, 0.0), 0) - g).to(tl.float32))*k_length)
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #7cce45bb
+# %% ../../nbs/16a_deltanet_prompt.ipynb #75f45e7c
 @triton.jit
 def load_pair(P, C: tl.constexpr, SPLIT: tl.constexpr):
     "Reads what store_pair wrote"
@@ -238,7 +239,7 @@ def load_pair(P, C: tl.constexpr, SPLIT: tl.constexpr):
     else: r = (hi, hi)
     return r
 
-@triton.jit
+@triton.jit(do_not_specialize=['T', 'n_chunks'])
 def _scan_kernel(Y, PAIRS, FACTORS, STATE, OUT, T, n_chunks, n_k_heads, n_v_heads, channels, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
                  FRESH: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr, MT: tl.constexpr):
     h = tl.program_id(1)
@@ -276,8 +277,8 @@ def _scan_kernel(Y, PAIRS, FACTORS, STATE, OUT, T, n_chunks, n_k_heads, n_v_head
         FACTORS += 4*C
     tl.store(STATE + key[:, None]*DV + j[None, :], narrow(S, MT), mask=mine)
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #835e43eb
-@triton.jit
+# %% ../../nbs/16a_deltanet_prompt.ipynb #22aa0c69
+@triton.jit(do_not_specialize=['T'])
 def _gated_norm_kernel(OUT, Z, NORM, T, z_row, z_step, eps, n_v_heads, DV: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr, NT: tl.constexpr):
     t = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
@@ -293,7 +294,17 @@ def _gated_norm_kernel(OUT, Z, NORM, T, z_row, z_step, eps, n_v_heads, DV: tl.co
     rms = tl.rsqrt(tl.sum(o*o, 1)/DV + eps)
     tl.store(OUT + at, gated(o, rms[:, None], z, weight[None, :], DT, NT), mask=ok)
 
-# %% ../../nbs/16a_deltanet_prompt.ipynb #0ec41dd1
+# %% ../../nbs/16a_deltanet_prompt.ipynb #38a49a85
+def why_no_prompt(
+    device:torch.device, # where it runs
+    dtype:torch.dtype, # of the projections
+    head_k_dim:int, # rows of a state
+    head_v_dim:int, # columns of a state
+) -> str: # a reason, or nothing
+    "Says why the kernels do not serve a layer on a GPU, if they don't"
+    if device.type != 'cuda' or (dtype, head_k_dim, head_v_dim) == (torch.bfloat16, 128, 128): return ''
+    return f"heads of {head_k_dim} x {head_v_dim} in {str(dtype).removeprefix('torch.')}, need 128 x 128 in bfloat16, the only ones that ran on a GPU without a fault"
+
 def _check_shapes(qkv, z, b, a, conv_state, state, conv_weight, A_log, dt_bias, norm_weight, n_k_heads, conv_bias):
     "Raises ConfigError for shapes that do not fit together, UnsupportedError for what the kernels do not do"
     if qkv.ndim != 3 or state.ndim != 4 or conv_weight.ndim != 2:
@@ -309,6 +320,8 @@ def _check_shapes(qkv, z, b, a, conv_state, state, conv_weight, A_log, dt_bias, 
         raise ConfigError(f"deltanet_prompt: conv_state {tuple(conv_state.shape)}, need {(rows, channels, ks)} or one input less; give the cache's convolution state")
     if not 2 <= ks <= 8: raise UnsupportedError(f"deltanet_prompt: a convolution over {ks} tokens, need 2 to 8; use deltanet_prompt_ref")
     if max(dk, dv) > 256: raise UnsupportedError(f"deltanet_prompt: heads of {dk} x {dv}, need 256 x 256 or less; use deltanet_prompt_ref")
+    why = why_no_prompt(qkv.device, qkv.dtype, dk, dv)
+    if why: raise UnsupportedError(f"deltanet_prompt: {why}; use deltanet_prompt_ref, or the layer of transformers")
     if any(t.dtype != qkv.dtype for t in (z, b, a)): raise ConfigError(f"deltanet_prompt: qkv, z, b, a are {qkv.dtype}, {z.dtype}, {b.dtype}, {a.dtype}, need one dtype; give what the projections return")
 
 def _check_places(tensors, qkv, z, b, a, conv_state, state, rest):
