@@ -16,7 +16,7 @@ from hlwq.bench_decode import GEOMETRIES, decode_table, geometry, geometry_name,
 from hlwq.core import HLWQError
 
 BITS = '5,4,bf16'
-CASES = [(1, 128), (8, 128), (1, 8192)]                        # texts at once, tokens of the prompt
+CASES = [(1, 128), (8, 128), (1, 2048), (1, 8192)]                        # texts at once, tokens of the prompt
 SETTINGS = {}                                                  # for measure_decode
 
 def parts(names, bits): return [(n, b) for n in names for b in bits]

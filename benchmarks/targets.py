@@ -54,7 +54,13 @@ def main():
         row('8 experts, gate_up, SiLU and down, 5 bits, in units of the bare bfloat16 products', '2.0x', f"{layer['ratio_bmm']:.2f}x (with SiLU and sum on both sides {layer['ratio']:.2f}x)", layer['ratio_bmm'] >= 2, 'kernels'),
         ratios('8 rows, 5 bits, 4096 x 4096, 14336 x 4096', [big[0], wide], 5, 8, (1.2, 1.2)), ratios('16 rows, 5 bits, 4096 x 4096, 14336 x 4096', [big[0], wide], 5, 16, (1.2, 1.2)),
         row('512, 2048, 4096 rows, 5 bits, 4096 x 4096, in units of bfloat16', '0.75x, 0.90x, 0.95x', ', '.join(f"{one[4096, 4096, 5, m]['ratio']:.2f}x" for m in (512, 2048, 4096)), all(one[4096, 4096, 5, m]['ratio'] >= t for m,t in ((512, .75), (2048, .9), (4096, .95))), 'kernels')]
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda') and not f.stem.startswith('packed-')]
+    kv = result('kv-quality')
+    for model,outliers in dict.fromkeys((o['model'], o['outliers']) for o in kv['targets']):
+        got = [o for o in kv['targets'] if (o['model'], o['outliers']) == (model, outliers)]
+        rows.append(row(f"KV cache, {model}{', outliers in the keys' if outliers else ''}: KL from the exact cache with {', '.join(o['what'] for o in got)}", 'at most ' + ', '.join(f"{o['target']:g}" for o in got), ', '.join(f"{o['kl']:.4f}" for o in got), all(o['reached'] for o in got), 'kv-quality'))
+    full = {m['cache']:m['nbytes']/1e9 for m in kv['memory'] if m['tokens'] == 262_144}
+    rows.append(row('KV cache, 10 layers x 2 heads x 256 at 262,144 tokens (5.37 GB in bfloat16): K4V4, K2V2', 'at most 1.45 GB, 0.80 GB', f"{full['K4V4']:.2f} GB, {full['K2V2']:.2f} GB", full['K4V4'] <= 1.45 and full['K2V2'] <= .8, 'kv-quality'))
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

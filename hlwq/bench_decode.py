@@ -143,10 +143,10 @@ def kernel_rows(
         one[0] += 1; one[1] += us
     return sorted((dict(name=k, count=c/n, us=us/n) for k,(c,us) in found.items()), key=lambda r: -r['us'])
 
-# %% ../nbs/84_bench_decode.ipynb #08a9aba2
+# %% ../nbs/84_bench_decode.ipynb #94592451
 KINDS = dict(                                                  # the first that fits
     choosing=r'ArgMax',
-    DeltaNet=r'^_conv_kernel|^_state_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
+    DeltaNet=r'^_(conv|state|conv_prompt|chunk|scan|gated_norm)_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
     attention=r'^_split_kernel|^_combine_kernel|^_rope_kernel|fmha|flash|attention',
     norms=r'^_add_norm_kernel|^_gate_kernel|rms_norm|layer_norm|MeanOps',
     experts=r'^_route_kernel|expert|moe|grouped|topk|bitonicSort',
@@ -170,7 +170,7 @@ def step_shares(
     for r in rows: res[kernel_kind(r['name'], r['count'])] += r['us']
     return res
 
-# %% ../nbs/84_bench_decode.ipynb #e7424c61
+# %% ../nbs/84_bench_decode.ipynb #a2771cef
 @torch.no_grad()
 def profile_steps(
     g:HLWQGenerator, # after a text; its buffers have room for more
@@ -179,7 +179,7 @@ def profile_steps(
 ) -> list: # of dicts: name, count, us, all a token
     "Lists the kernels of some steps"
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CUDA]) as p:
         for i in range(n): g._advance(g.buffers, at+i+1)
         torch.cuda.synchronize()
     return kernel_rows([(o.name, o.device_time) for o in p.events() if o.device_type == torch.autograd.DeviceType.CUDA], n)
@@ -237,7 +237,7 @@ def row_name(
     "Says which row it is"
     return f"{r['model']}, {r['weights_as']}, {r['way']}, {r['rows']} text{'s'*(r['rows'] > 1)}, context {r['context']:,}"
 
-# %% ../nbs/84_bench_decode.ipynb #b30b99d2
+# %% ../nbs/84_bench_decode.ipynb #fe594594
 @contextmanager
 def _noted(failed, what): # keeps an error as a sentence, if there is a list for it
     try: yield
@@ -247,7 +247,8 @@ def _noted(failed, what): # keeps an error as a sentence, if there is a list for
 
 def _ways(bits, ways, cases): # what is measured of one model
     for way in (ways if bits is None else [w for w in ways if w == 'kernels']):
-        for case in (cases if way != 'eager' else cases[:1]): yield way,*case,(dict(new=16, repeat=1) if way == 'eager' else {})
+        for i,(rows,context) in enumerate(cases if way == 'kernels' else cases[:3] if way == 'graph' else cases[:1]):
+            yield way,rows,context,(dict(new=16, repeat=1) if way == 'eager' else dict(repeat=3, profiled=False) if i else {})      # only the first case is measured at length
 
 def weights_name(
     bits:int, # bits per code, or None

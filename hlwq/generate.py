@@ -73,7 +73,7 @@ def _step(self:HLWQGenerator, b):
     b.slot.add_(1)
     self._choose(b, logits)
 
-# %% ../nbs/42_generate.ipynb #27cde961
+# %% ../nbs/42_generate.ipynb #d08d2fd0
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
     b.fused,self.no_kernels = False,''
@@ -115,10 +115,12 @@ def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last posi
     for i in range(start, length, self.prefill_chunk):
         j = min(i+self.prefill_chunk, length)
         b.show(j if b.own else b.capacity)
-        logits = self._logits(b, ids[:, i:j], positions[:, i:j], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
+        ours = b.fused and self.config._attn_implementation == 'sdpa'
+        mask = None if ours and i == 0 and not padded else prompt_mask(real, i, j, b.width)    # without one, attention is causal and faster
+        logits = (self.step.read if ours else self._logits)(b, ids[:, i:j], positions[:, i:j], mask, real[:, i:j] if padded else None)
     return logits
 
-# %% ../nbs/42_generate.ipynb #006b6eee
+# %% ../nbs/42_generate.ipynb #69cfc401
 @patch
 def _record(self:HLWQGenerator, b, key):
     start,graph = perf_counter(),torch.cuda.CUDAGraph()
@@ -126,6 +128,11 @@ def _record(self:HLWQGenerator, b, key):
     before = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph): self._step(b)
+    except RuntimeError as e:
+        if out_of_memory(e): raise
+        warn_once(f"{type(self.model).__name__}: its step cannot be recorded ({str(e).splitlines()[0][:200]}); it runs kernel by kernel, which gives the same and takes longer", HLWQPerformanceWarning)
+        self.use_graphs = False
+        return
     finally: torch.cuda.set_stream(before)                     # torch leaves that of the recording in place if it fails
     b.graphs[key] = graph
     self.capture_seconds = (self.capture_seconds or 0) + perf_counter()-start
@@ -139,6 +146,7 @@ def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in th
     if key in b.graphs:
         self.replayed = True
         return b.graphs[key].replay()
+    if not self.use_graphs: return self._step(b)
     b.warm[key] += 1
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

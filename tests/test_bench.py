@@ -216,7 +216,7 @@ NAMES = dict(                                                  # as profiles giv
     experts=[('_route_kernel', 40), ('void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(at::cuda::detail::TensorInfo<float const, unsigned int>, ...', 40), ('void at::native::bitonicSortKVInPlace<2, -1, 16, 16, float, long, ...', 40)],
     norms=[('_add_norm_kernel', 81), ('_gate_kernel', 40), ('void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float, float, float, float>, unsigned int, float, 4, 4> >(...', 81)],
     attention=[('_split_kernel', 10), ('_combine_kernel', 10), ('_rope_kernel', 10), ('fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...', 10), ('void pytorch_flash::flash_fwd_splitkv_kernel<pytorch_flash::Flash_fwd_kernel_traits<256, 64, 64, 4, ...', 10)],
-    DeltaNet=[('_conv_kernel', 30), ('_state_kernel', 30)],
+    DeltaNet=[('_conv_kernel', 30), ('_state_kernel', 30), ('_chunk_kernel', 30), ('_scan_kernel', 30)],
     head=[('nvjet_tst_64x8_64x16_4x1_v_bz_TNT', 1), ('void gemvx::kernel<int, int, __nv_bfloat16, __nv_bfloat16, ...', 1)],
     choosing=[('void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::ArgMaxOps<float>, unsigned int, long, 4, 4> >(at::native::ReduceOp<...', 1)],
     other=[('void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<long>, std::array<char*, 3ul> >(int, ...', 9), ('void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda(...', 9),
@@ -326,8 +326,9 @@ kw = dict(cases=[(1, 5), (3, 7)], limits=limits, new=3, repeat=2)
 rows = bd.bench_decode(['qwen3.6', 'qwen3-8b'], [None, 5], progress=seen.append, **kw)
 assert rows == seen and len(rows) == 2*(1 + 2 + 2 + 2)
 for r in rows:
-    assert len(r['all_ms']) == (1 if r['way'] == 'eager' else 2) and r['new'] == (16 if r['way'] == 'eager' else 3) and r['tokens_per_second'] == 1e3*r['rows']/r['ms'] and r['first_ms'] > 0 and r['step'] == 'transformers'
-    assert r['kernels'] == [dict(name='_gemv_kernel', count=5, us=15.)] and (r['launches'], r['busy_ms']) == (5, .015) and r['floor_ms'] == bd.floor_us(r['step_bytes'], limits)/1e3
+    first = (r['rows'], r['context']) == (1, 5)                # the others are measured shortly, and without a profile
+    assert len(r['all_ms']) == (1 if r['way'] == 'eager' else 2 if first else 3) and r['new'] == (16 if r['way'] == 'eager' else 3) and r['tokens_per_second'] == 1e3*r['rows']/r['ms'] and r['first_ms'] > 0 and r['step'] == 'transformers'
+    assert (r['kernels'], r['launches'], r['busy_ms']) == (([dict(name='_gemv_kernel', count=5, us=15.)], 5, .015) if first else (None, None, None)) and r['floor_ms'] == bd.floor_us(r['step_bytes'], limits)/1e3
 print(*(bd.row_name(r) for r in rows), sep='/')
 of = {(r['model'], r['bits'], r['rows']): r['step_bytes'] for r in rows if r['way'] == 'kernels'}
 assert len(of) == 8

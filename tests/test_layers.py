@@ -21,7 +21,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
        'kernels.norms':'core kernels.layout kernels.quantize kernels.lanes',
        'kernels.router':'core kernels.layout kernels.quantize kernels.lanes kernels.norms',
        'kernels.attention':'core kernels.layout kernels.quantize kernels.lanes',
-       'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize'},
+       'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize',
+       'kernels.deltanet_prompt':'core kernels.layout kernels.lanes kernels.quantize kernels.deltanet'},
     source='core',
     recipe='core packing source',
     checkpoint='core hadamard lloyd_max packing quantize source',
@@ -34,8 +35,10 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     load='core checkpoint hf linear packed_model',
     sampling='core',
     buffers='core',
-    step='core experts linear kernels.attention kernels.deltanet kernels.norms kernels.router',
+    step='core experts linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.norms kernels.router',
     generate='buffers core linear sampling step',
+    kv_codec='core hadamard lloyd_max packing quantize',
+    kv_cache='core kv_codec',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
@@ -45,7 +48,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
-USERS = {'evaluate','demo','cli','hf','load'}               # what runs a model or draws it may use transformers and matplotlib as it likes
+USERS = {'evaluate','demo','cli','hf','load','kv_cache'}    # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
     "The full names that one import statement of `hlwq.<name>` reaches: a `from` gives module and names apart"

@@ -88,6 +88,25 @@ def test_same_logits(kind, rows, padded, n, thin):
         else:
             assert error(y.recurrent_states[0], x.recurrent_states[0]) < 5e-5 and error(y.conv_states[0], x.conv_states[0]) < 5e-5
 
+@torch.no_grad()
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('padded,chunk', [(False, 11), (True, 11), (True, 4)])
+def test_reads_prompts(kind, padded, chunk, monkeypatch):
+    "The whole prompt, or pieces of it: logits, keys and states of the model itself"
+    if not GPU: monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    model = copy.deepcopy(model_of(kind)).to(device)
+    ids,mask = (o.to(device) for o in prompt(model, 2, padded))
+    g,real = generator(model),mask.bool()
+    a,b = Buffers(model, 2, 64),Buffers(model, 2, 64)
+    for o in (a, b): o.fill(ids, real, 0); o.fused = False
+    want,step = g._prefill(a, ids, real, 0),DecodeStep(model)
+    step.bind(b)
+    g.step,g.prefill_chunk,b.fused = step,chunk,True
+    assert error(g._prefill(b, ids, real, 0), want) < 5e-5
+    for x,y in zip(a.cache.layers, b.cache.layers):
+        if hasattr(x, 'keys'): assert error(y.keys[:, :, :11][real[:, None].expand(*x.keys.shape[:2], 11)], x.keys[:, :, :11][real[:, None].expand(*x.keys.shape[:2], 11)]) < 5e-5
+        else: assert error(y.recurrent_states[0], x.recurrent_states[0]) < 5e-5 and error(y.conv_states[0], x.conv_states[0]) < 5e-5
+
 @pytest.mark.parametrize('kind', ('llama', 'qwen3_moe', 'qwen3_5_moe_text'))
 def test_as_good_in_bfloat16(kind, monkeypatch):
     "Not further from float32 than transformers is in bfloat16"

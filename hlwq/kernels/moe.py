@@ -13,8 +13,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# %% ../../nbs/14_moe.ipynb #92765893
-from ..core import UnsupportedError
+# %% ../../nbs/14_moe.ipynb #5130b268
+from ..core import BLOCK_SIZE, UnsupportedError
 from ..lloyd_max import Codebook
 from .gemm import CHECKED, check_first_use, compare_first_use, dense, launch_small, rotated_fragments, _DENSE_WEIGHTS
 from .gemv import gemv_ref, launch_gemv, _multiprocessors
@@ -78,7 +78,7 @@ def expert_down(
     launch_gemv(gate_up, tiles, norms, book, out, ids, weights, norms.shape[1], gate_up.shape[1]//2, shape, 2, topk, S//topk, settled)
     return out
 
-# %% ../../nbs/14_moe.ipynb #2d4d0ce3
+# %% ../../nbs/14_moe.ipynb #46ebe508
 def expert_parts(
     ids:Tensor, # (S,) int64 expert of each pair
     n_experts:int, # experts there are
@@ -106,17 +106,18 @@ def expert_gemm(
     tiles:Tensor, # (E, n_tiles, n_blocks, bits, 32, 2) int32
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # the codebook that encoded them
+    nt:int=None, # rows of a part, in eights: 1, 2, 4 or 8; by default about as many as an expert gets
 ) -> Tensor: # (S, out_features), dtype of x
     "Multiplies many tokens with the experts they are routed to; each expert is decoded once for every 64 of its tokens"
     E, S = len(tiles), len(ids)
-    nt = next((n for n in (1, 2, 4) if S <= 6*n*E), 8)          # about as many rows as an expert gets
+    nt = nt or (1 if S <= 16*E else 2 if S <= 64*E else 4)      # decoding is what costs, and small parts leave less room unused
     place, pair, expert = expert_parts(ids, E, 8*nt)
     xf = rotated_fragments(x, torch.where(pair >= 0, rows[pair.clamp_min(0)], -1))
     out = x.new_empty(len(pair), norms.shape[1])
     launch_small(xf, tiles, norms, book, out, expert, len(pair), norms.shape[1], None, nt, grouped=True)
     return out[place]
 
-# %% ../../nbs/14_moe.ipynb #0bf304e9
+# %% ../../nbs/14_moe.ipynb #58e98db1
 GEMV_MAX_PAIRS = 32                                            # four tokens of eight experts
 
 def expert_matmul(
@@ -132,7 +133,9 @@ def expert_matmul(
     Raises UnsupportedError if a kernel computes something else than the reference."""
     S, E = len(ids), len(tiles)
     if not S: return x.new_empty(0, norms.shape[1])
-    if x.dtype not in (torch.bfloat16, torch.float16) or S > 32*E: return _through_dense(x, rows, ids, tiles, norms, book)
+    if x.dtype not in (torch.bfloat16, torch.float16) and S <= GEMV_MAX_PAIRS and norms.shape[1] % 16 == 0: return _gathered(x, rows, ids, tiles, norms, book)
+    if x.dtype not in (torch.bfloat16, torch.float16): return _through_dense(x, rows, ids, tiles, norms, book)
+    if S > 48*E and _can_group(x, norms): return _grouped(x, rows, ids, tiles, norms, book)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
     if S <= GEMV_MAX_PAIRS: name, y = 'expert_gemv', expert_gemv(x[rows], ids, 1, tiles, norms, book)
     else: name, y = 'expert_gemm', expert_gemm(x.contiguous(), rows, ids, tiles, norms, book)
@@ -144,6 +147,25 @@ def _check(name, x, rows, ids, y, tiles, norms, book):
     if (name, x.device, x.dtype, book.bits) in CHECKED: return
     e = int(ids[0])
     check_first_use(name, x[rows[:1]], y[:1], tiles[e], norms[e], book)
+
+def _gathered(x, rows, ids, tiles, norms, book): # few pairs in float32: the matrices of each pair, without asking the CPU
+    S, out = len(ids), norms.shape[1]
+    w = dense(tiles[ids].flatten(0, 1), norms[ids].flatten(0, 1), book, x.shape[1], torch.float32)
+    return torch.bmm(w.view(S, out, -1), x[rows].float()[..., None])[..., 0].to(x.dtype)
+
+_GROUPED_WEIGHTS = 1 << 29                                     # decoded at one time for a product of torch: 1 GB
+
+def _can_group(x, norms):
+    fits = norms.numel()*BLOCK_SIZE <= _GROUPED_WEIGHTS and x.shape[1] % 8 == 0 and norms.shape[1] % 16 == 0
+    return fits and x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and hasattr(torch.nn.functional, 'grouped_mm')
+
+def _grouped(x, rows, ids, tiles, norms, book): # all experts decoded at once, one product of torch over rows sorted by expert
+    E, out, _ = norms.shape
+    order, ends = ids.argsort(stable=True), torch.zeros(E, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids)).cumsum(0)
+    w = dense(tiles.flatten(0, 1), norms.flatten(0, 1), book, x.shape[1], x.dtype).view(E, out, -1)
+    y = torch.empty(len(ids), out, dtype=x.dtype, device=x.device)
+    y[order] = torch.nn.functional.grouped_mm(x[rows[order]], w.transpose(1, 2), offs=ends.int())
+    return y
 
 def _through_dense(x, rows, ids, tiles, norms, book):
     dtype, (E, out, _) = x.dtype if x.dtype in TL_DTYPE else torch.float32, norms.shape
