@@ -143,10 +143,10 @@ def kernel_rows(
         one[0] += 1; one[1] += us
     return sorted((dict(name=k, count=c/n, us=us/n) for k,(c,us) in found.items()), key=lambda r: -r['us'])
 
-# %% ../nbs/84_bench_decode.ipynb #08a9aba2
+# %% ../nbs/84_bench_decode.ipynb #94592451
 KINDS = dict(                                                  # the first that fits
     choosing=r'ArgMax',
-    DeltaNet=r'^_conv_kernel|^_state_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
+    DeltaNet=r'^_(conv|state|conv_prompt|chunk|scan|gated_norm)_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
     attention=r'^_split_kernel|^_combine_kernel|^_rope_kernel|fmha|flash|attention',
     norms=r'^_add_norm_kernel|^_gate_kernel|rms_norm|layer_norm|MeanOps',
     experts=r'^_route_kernel|expert|moe|grouped|topk|bitonicSort',

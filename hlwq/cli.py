@@ -403,7 +403,7 @@ def _bench_decode(what, command, screen, model, bits, rows, context, new, layers
     from hlwq.bench import parse_numbers
     from hlwq.bench_decode import decode_table, parse_weights, run_decode
     numbers = {k:parse_numbers(v, o) for k,v,o in (('rows', rows, 'rows'), ('contexts', context, 'context')) if v is not None}
-    asked = dict(names=model and model.split(','), bits=bits and parse_weights(bits), new=new, layers=layers)
+    asked = dict(names=None if model is None else model.split(','), bits=None if bits is None else parse_weights(bits), new=new, layers=layers)
     return run_decode(command, **numbers, **{k:v for k,v in asked.items() if v is not None}, progress=lambda row: screen.remark('  '.join(decode_table([row])[1][0])))
 
 def _can_be_written(path):
