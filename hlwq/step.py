@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-# %% ../nbs/25_step.ipynb #c06a8744
+# %% ../nbs/25_step.ipynb #68deb28e
 from .core import UnsupportedError
-from .experts import HLWQExperts
-from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled, why_no_kernels
+from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled
 
 # %% ../nbs/25_step.ipynb #836e9b07
 class Joined:
