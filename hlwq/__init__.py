@@ -25,6 +25,8 @@ _modules = dict(
     hf='HLWQConfig HLWQQuantizer',
     load='load_model',
     generate='generate HLWQGenerator GenerationReport',
+    cache_policy='ExpertTable',
+    cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}

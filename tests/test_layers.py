@@ -36,12 +36,14 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     buffers='core',
     step='core experts linear kernels.attention kernels.deltanet kernels.norms kernels.router',
     generate='buffers core linear sampling step',
+    cache_policy='core',
+    cache_sim='core cache_policy',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core generate hf linear packed_model',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen demo inspection bench',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen demo inspection bench cache_sim',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
