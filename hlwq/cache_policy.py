@@ -140,7 +140,7 @@ def make_policy(
     if policy not in POLICIES: raise ConfigError(f"policy: {policy!r}, need one of {', '.join(POLICIES)}; lru is the default")
     return POLICIES[policy](n_experts, **(dict(hot=hot) if policy == 'pinned' else dict(seed=seed) if policy == 'random' else {}))
 
-# %% ../nbs/41_cache_policy.ipynb #7a8f522e
+# %% ../nbs/41_cache_policy.ipynb #549d3eac
 @dataclass
 class CacheCounts:
     "What happened in a cache; a request is one expert of one call, however many tokens of the call want it"
@@ -156,7 +156,7 @@ class CacheCounts:
     @property
     def requests(self): return self.hits + self.misses
     @property
-    def hit_rate(self): return self.hits/self.requests if self.requests else 0.
+    def hit_rate(self): return self.hits/self.requests if self.requests else float('nan')
 
 class ExpertTable:
     "Says which expert of a layer is in which slot, and who goes when another one is needed"

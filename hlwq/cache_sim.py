@@ -130,7 +130,7 @@ def synthetic_trace(
         np.put_along_axis(stays, ids[t], True, 1)
     return RoutingTrace(ids, n_experts, dict(source='synthetic', zipf=zipf, reuse=reuse, seed=seed))
 
-# %% ../nbs/41a_cache_sim.ipynb #3a52ddd1
+# %% ../nbs/41a_cache_sim.ipynb #12816025
 @dataclass
 class CacheStats:
     "What a policy made of a trace"
@@ -158,7 +158,7 @@ class CacheStats:
 
     def _part(self, part):
         counts = getattr(self, part)
-        if not counts.tokens: raise ConfigError(f"trace: no {part} tokens in {self.total.tokens}, need some; record more, or set cold_steps")
+        if not counts.tokens: raise ConfigError(f"trace: no {part} tokens in {self.total.tokens}, need some; record more, or count fewer as cold (cold_steps, --cold)")
         return counts
 
 @patch
@@ -173,9 +173,10 @@ def bytes_per_token(self:CacheStats,
 @patch
 def to_json(self:CacheStats) -> dict:
     "Gives plain data"
-    part = lambda c: dict(asdict(c), hit_rate=c.hit_rate)
+    rate = lambda c: c.hit_rate if c.requests else None        # JSON knows no nan
+    part = lambda c: dict(asdict(c), hit_rate=rate(c))
     return dict(policy=self.policy, slots=self.slots, n_experts=self.n_experts, n_layers=self.n_layers, top_k=self.top_k, source=self.source,
-                cold=part(self.cold), warm=part(self.warm), hit_rate_by_layer=[c.hit_rate for c in self.layers])
+                cold=part(self.cold), warm=part(self.warm), hit_rate_by_layer=[rate(c) for c in self.layers])
 
 # %% ../nbs/41a_cache_sim.ipynb #e168bf4f
 class Belady(Policy):

@@ -385,11 +385,11 @@ def _cache_sim(trace:Annotated[str, typer.Argument(metavar='TRACE', help='A reco
 def _cache_row(s, nbytes, speed):
     from hlwq.cache_sim import predicted_tokens_per_second
     known = dict(bytes_per_token=s.bytes_per_token(nbytes), tokens_per_second=predicted_tokens_per_second(s, nbytes, **speed)) if nbytes else {}
-    return dict(s.to_json(), **known)
+    return dict(s.to_json(), hit_rate=s.hit_rate, **known)
 
 def _cache_words(r):
     more = (f"{r['bytes_per_token']/1e6:.1f}", f"{r['tokens_per_second']:.1f}") if 'bytes_per_token' in r else ()
-    return r['policy'], str(r['slots']), f"{100*r['slots']/r['n_experts']:.0f}", f"{100*r['cold']['hit_rate']:.1f}", f"{100*r['warm']['hit_rate']:.1f}", *more
+    return r['policy'], str(r['slots']), f"{100*r['slots']/r['n_experts']:.0f}", f"{100*r['cold']['hit_rate']:.1f}" if r['cold']['tokens'] else '', f"{100*r['hit_rate']:.1f}", *more
 
 def _cache_figure(trace, stats, path):
     import matplotlib.pyplot as plt
