@@ -233,7 +233,7 @@ def simulate_cache(
     cold.tokens, total.tokens = min(cold_calls*tokens_per_call, len(trace)), len(trace)
     return CacheStats(policy, min(slots, trace.n_experts), trace.n_experts, trace.n_layers, trace.top_k, cold, total - cold, [c for _,c in found], trace.meta.get('source', 'unknown'))
 
-# %% ../nbs/41a_cache_sim.ipynb #86921dc9
+# %% ../nbs/41a_cache_sim.ipynb #cfaa351b
 def sweep_cache(
     trace:RoutingTrace, # what the routers chose
     slots:list=None, # sizes to try; by default from top_k on, twice as many each time, up to all experts
@@ -254,7 +254,7 @@ def plot_hit_rates(
     ax, E = ax or plt.gca(), stats[0].n_experts
     for p in dict.fromkeys(s.policy for s in stats):
         own = sorted((s.slots, 100*s.hit_rate) for s in stats if s.policy == p)
-        ax.plot(*zip(*own), **(dict(color='black', ls='--', lw=1.2, label='Belady, knows the future') if p == 'belady' else dict(color='#999999', marker='x', ms=4, label='random') if p == 'random' else dict(marker='o', ms=4, label=p)))
+        ax.plot(*zip(*own), **(dict(color='black', ls='--', lw=1.2, label='Belady, knows the future') if p == 'belady' else dict(color='#999999', marker='x', ms=4, zorder=1, label='random') if p == 'random' else dict(marker='o', ms=4, label=p)))
     sizes = sorted({s.slots for s in stats})
     ax.plot(sizes, [100*c/E for c in sizes], color='#bbbbbb', ls=':', lw=1.2, label='slots / experts')
     ax.set(xscale='log', xticks=sizes, xticklabels=sizes, ylim=(0, 103), xlabel=f'slots in a layer, of {E} experts', ylabel='hits of warm tokens, %', title=f'Hit rate, {stats[0].source} trace')

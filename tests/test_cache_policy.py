@@ -145,6 +145,7 @@ class Machine(RuleBasedStateMachine):
     def forget(self, ids):
         self.t.drop(ids)
         for e in list(self.where) if ids is None else set(ids) & set(self.where): del self.where[e]
+        assert self.t.free == sorted(self.t.free)
 
     @invariant()
     def table_is_a_bijection(self):
@@ -390,7 +391,10 @@ def test_interrupted(tiny):
         h = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         try: tiny(ids)
         finally: h.remove()
-    assert len(r.seen) == 2 and len(r.trace()) == 40 and not any(m._forward_pre_hooks for m in tiny.modules())
+    assert len(r.seen) == 2 and len(r.trace()) == 40
+    r.seen.append(r.seen[0])                                   # going on after it would hide a gap
+    with pytest.raises(UnsupportedError, match='need the same in all 4'): r.trace()
+    assert not any(m._forward_pre_hooks for m in tiny.modules())
 
 def test_nothing_to_record(tiny):
     with pytest.raises(UnsupportedError, match='Linear: no stacks of experts'):
