@@ -26,6 +26,8 @@ _modules = dict(
     load='load_model',
     kv_cache='HLWQCache',
     generate='generate HLWQGenerator GenerationReport',
+    cache_policy='ExpertTable',
+    cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}

@@ -409,3 +409,56 @@ def _bench_decode(what, command, screen, model, bits, rows, context, new, layers
 def _can_be_written(path):
     from hlwq.core import ConfigError
     if path.is_dir() or not path.resolve().parent.is_dir(): raise ConfigError(f"{path}: cannot be written, need a file in a folder that exists; make the folder or choose another name")
+
+# %% ../nbs/90_cli.ipynb #0f0f8454
+@app.command('cache-sim', epilog='Example: hlwq cache-sim routing.safetensors --slots 8,16,32,64 --policy lru,lfu,belady --figure hits.png')
+def _cache_sim(trace:Annotated[str, typer.Argument(metavar='TRACE', help='A recording that RoutingTrace.save has written (record_routing), .safetensors or .npy.', show_default=False)],
+               slots:Annotated[Optional[str], typer.Option('--slots', metavar='N,...', help='Experts of a layer that fit. Without it the experts of a token, and twice as many until all fit.', show_default=False)]=None,
+               policy:Annotated[str, typer.Option('--policy', metavar='NAME,...', help='lru, lfu, lfru, pinned, random, and belady, which knows the future.')]='lru,lfu,lfru,random,belady',
+               profile:Annotated[Optional[str], typer.Option('--profile', metavar='TRACE', help='A recording of other text, from which pinned takes its experts.', show_default=False)]=None,
+               expert_bytes:Annotated[Optional[str], typer.Option('--expert-bytes', metavar='SIZE', help='Size of an expert, such as 2MB. Without it what the recorded model had.', show_default=False)]=None,
+               link:Annotated[str, typer.Option('--link', metavar='SIZE', help='Bytes a second from host to GPU: about 25GB for PCIe 4 x16, 50GB for PCIe 5.')]='25GB',
+               resident_ms:Annotated[float, typer.Option('--resident-ms', metavar='MS', help='Milliseconds for a token if all experts are there: an assumption, until you measure it.')]=15.,
+               tokens_per_call:Annotated[int, typer.Option('--tokens-per-call', metavar='N', help='Tokens that are served together: more than 1 for a batch or a prompt.')]=1,
+               cold:Annotated[int, typer.Option('--cold', metavar='N', help='Tokens at the start that are counted apart.')]=64,
+               json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None,
+               figure:Annotated[Optional[str], typer.Option('--figure', metavar='FILE', help='Draw hit rates and reuse, as .png, .svg or .pdf.', show_default=False)]=None, quiet:Quiet=False):
+    """Tells what a cache of experts would hit, load and cost, from a recording of a model's routers.
+
+    Needs no GPU and no weights. Hits are counted; tokens a second are predicted from --link and --resident-ms, with no overlap."""
+    from hlwq.bench import parse_numbers
+    from hlwq.cache_sim import RoutingTrace, sweep_cache
+    from hlwq.core import parse_size
+    for f in filter(None, (json_file, figure)): _can_be_written(Path(f))
+    t, screen = RoutingTrace.load(trace), Screen(quiet=quiet)
+    nbytes, speed = parse_size(expert_bytes) if expert_bytes else t.meta.get('expert_bytes'), dict(link_bytes_per_s=parse_size(link), resident_seconds=resident_ms/1e3)
+    how = dict(slots=parse_numbers(slots, 'slots') if slots else None, policies=[p.strip() for p in policy.split(',')], profile=RoutingTrace.load(profile) if profile else None)
+    with stage(screen, 'simulating'): stats = sweep_cache(t, cold_steps=cold, tokens_per_call=tokens_per_call, **how)
+    rows = [_cache_row(s, nbytes, speed) for s in stats]
+    screen.say(repr(t))
+    screen.table(('policy', 'slots', 'of all, %', 'cold hits, %', 'warm hits, %', *(('MB/token', 'tokens/s') if nbytes else ())), [_cache_words(r) for r in rows])
+    screen.say(f"tokens/s are predicted: experts of {nbytes/1e6:.3f} MB, {speed['link_bytes_per_s']/1e9:g} GB/s, {resident_ms:g} ms for all else, no overlap" if nbytes else "no bytes and no speed: the recording does not tell the size of an expert; give it with --expert-bytes")
+    about = dict(trace=str(trace), tokens=len(t), **{k:v for k,v in t.meta.items() if k != 'layers'}) | dict(expert_bytes=nbytes, cold_steps=cold, tokens_per_call=tokens_per_call, **speed)
+    if json_file: Path(json_file).write_text(json.dumps(dict(about, rows=rows), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    if figure: _cache_figure(t, stats, figure)
+
+def _cache_row(s, nbytes, speed):
+    from hlwq.cache_sim import predicted_tokens_per_second
+    known = dict(bytes_per_token=s.bytes_per_token(nbytes), tokens_per_second=predicted_tokens_per_second(s, nbytes, **speed)) if nbytes else {}
+    return dict(s.to_json(), hit_rate=s.hit_rate, **known)
+
+def _cache_words(r):
+    more = (f"{r['bytes_per_token']/1e6:.1f}", f"{r['tokens_per_second']:.1f}") if 'bytes_per_token' in r else ()
+    return r['policy'], str(r['slots']), f"{100*r['slots']/r['n_experts']:.0f}", f"{100*r['cold']['hit_rate']:.1f}" if r['cold']['tokens'] else '', f"{100*r['hit_rate']:.1f}", *more
+
+def _cache_figure(trace, stats, path):
+    import matplotlib.pyplot as plt
+    from hlwq.cache_sim import plot_hit_rates, plot_reuse
+    from hlwq.core import ConfigError
+    from hlwq.evaluate import plot_style
+    with plot_style():
+        fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout='constrained')
+        plot_hit_rates(stats, axes[0]); plot_reuse(trace, axes[1])
+        try: fig.savefig(path)
+        except ValueError as e: raise ConfigError(f"{path}: {e}; choose a name that ends in .png, .svg or .pdf") from e
+        finally: plt.close(fig)

@@ -44,7 +44,9 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim',
+    cache_policy='core',
+    cache_sim='core cache_policy',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
