@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EXACT_UNIT', 'HOLD_K', 'HOLD_V', 'K2', 'K3', 'K4', 'V2', 'V3', 'V4', 'kv_contents_ref', 'kv_blocks_ref',
            'kv_attention_ref', 'kv_units_ref', 'kv_share_ref', 'kv_units', 'kv_share', 'look_up_text', 'look_up_words',
-           'hold_text', 'group_bytes', 'plane_code', 'hold_tables', 'planes_of', 'rotated', 'crossed', 'side_by_side',
-           'load_columns', 'block_scores', 'block_values', 'rotated_back', 'visible', 'kv_splits', 'kv_attention']
+           'hold_text', 'group_bytes', 'plane_code', 'hold_tables', 'planes_of', 'rotated', 'crossed', 'split_planes',
+           'join_planes', 'side_by_side', 'load_columns', 'block_scores', 'block_values', 'rotated_back', 'visible',
+           'kv_splits', 'kv_attention']
 
 # %% ../../nbs/31_kv_attention.ipynb #4560caf4
 from functools import lru_cache
@@ -163,9 +164,9 @@ def hold_text(
 HOLD_K, HOLD_V = tl.constexpr(hold_text('hlwq_k')), tl.constexpr(hold_text('hlwq_v'))
 K2, K3, K4, V2, V3, V4 = (tl.constexpr(look_up_text(b, n)) for n in ('hlwq_k', 'hlwq_v') for b in (2, 3, 4))
 
-# %% ../../nbs/31_kv_attention.ipynb #f9eafb8d
+# %% ../../nbs/31_kv_attention.ipynb #68e2410e
 @triton.jit
-def group_bytes(C, CB: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr, GB: tl.constexpr, BG: tl.constexpr):
+def group_bytes(C, CB: tl.constexpr, GROUPS: tl.constexpr, GB: tl.constexpr, BG: tl.constexpr):
     "Each byte of the groups of 128 tokens from C on, an array (128, BG) for each; zeros beyond the groups that there are"
     t = tl.arange(0, 128)[:, None]
     i = tl.arange(0, BG)[None, :]
@@ -225,7 +226,7 @@ def planes_of(by, TABLE, VALUES: tl.constexpr, BITS: tl.constexpr, G: tl.constex
         for j in tl.static_range(G): r = r + (tl.load(TABLE + plane_code(by, j, BITS)),)
     return r
 
-# %% ../../nbs/31_kv_attention.ipynb #147836ca
+# %% ../../nbs/31_kv_attention.ipynb #f33e21bc
 @triton.jit
 def rotated(x, R, DT: tl.constexpr):
     "x (16, W) float32 times R, whose numbers are 1, -1 and 0"
@@ -239,6 +240,31 @@ def crossed(x):
     r = x
     if len(x) == 2: r = (x[0] + x[1], x[0] - x[1])
     return r
+
+@triton.jit
+def split_planes(x, G: tl.constexpr):
+    "Columns (16, W) by their number modulo G, (16, W/G) for each"
+    r = (x,)
+    for i in tl.static_range(3):
+        if (2 << i) <= G:
+            even = ()
+            odd = ()
+            for j in tl.static_range(1 << i):
+                a, b = tl.split(tl.reshape(r[j], (16, r[j].shape[1]//2, 2)))
+                even = even + (a,)
+                odd = odd + (b,)
+            r = even + odd
+    return r
+
+@triton.jit
+def join_planes(r, G: tl.constexpr):
+    "The way back"
+    for i in tl.static_range(2, -1, -1):
+        if (2 << i) <= G:
+            x = ()
+            for j in tl.static_range(1 << i): x = x + (tl.reshape(tl.join(r[j], r[j + (1 << i)]), (r[j].shape[0], 2*r[j].shape[1])),)
+            r = x
+    return r[0]
 
 @triton.jit
 def side_by_side(x):
@@ -256,9 +282,9 @@ def load_columns(P, at, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr):
         r = r + (tl.load(P + at + d, mask=d < D, other=0).to(tl.float32),)
     return r
 
-# %% ../../nbs/31_kv_attention.ipynb #b24ec2a0
+# %% ../../nbs/31_kv_attention.ipynb #a86a8173
 @triton.jit
-def block_scores(q, norm, KC, KG, KM, KS, KT, RK, b, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BG: tl.constexpr, DT: tl.constexpr):
+def block_scores(q, norm, KC, KG, KM, KS, KT, R, b, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, DT: tl.constexpr):
     "Products of the queries with the 128 keys of block b, (16, 128)"
     CB: tl.constexpr = D*BITS//8
     means = load_columns(KM, b*D, D, W, PARTS)
@@ -271,34 +297,31 @@ def block_scores(q, norm, KC, KG, KM, KS, KT, RK, b, D: tl.constexpr, W: tl.cons
     x = crossed(x)
     s = tl.zeros((16, 128), tl.float32)
     for p in tl.static_range(PARTS):
-        c = planes_of(group_bytes(KC + b*(128*CB) + p*(W*BITS//8), CB, PARTS, D//(PARTS*G), GB, BG), KT, False, BITS, G, DT)
-        for j in tl.static_range(G): s += dot16(narrow(rotated(x[p], RK[j], DT), DT), tl.trans(c[j]), DT)
+        c = planes_of(group_bytes(KC + b*(128*CB) + p*(W*BITS//8), CB, D//(PARTS*G), GB, W//G), KT, False, BITS, G, DT)
+        y = split_planes(narrow(rotated(x[p], R, DT), DT), G)
+        for j in tl.static_range(G): s += dot16(y[j], tl.trans(c[j]), DT)
     gain = tl.load(KG + b*128 + tl.arange(0, 128)).to(tl.float32)
     return tl.sum(along, 1)[:, None] + s*gain[None, :]
 
 @triton.jit
-def block_values(acc, w, a, VC, VT, b, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, BG: tl.constexpr, DT: tl.constexpr):
-    "Adds the values of block b, still rotated, with weights w (16, 128)"
+def block_values(acc, w, a, VC, VT, b, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, SUMS: tl.constexpr, DT: tl.constexpr):
+    "Adds the values of block b, still rotated, with weights w (16, 128): a sum for each plane, or one if planes would be too narrow for all warps to have some columns"
     CB: tl.constexpr = D*BITS//8
     r = ()
     for p in tl.static_range(PARTS):
-        c = planes_of(group_bytes(VC + b*(128*CB) + p*(W*BITS//8), CB, PARTS, D//(PARTS*G), GB, BG), VT, True, BITS, G, DT)
-        for j in tl.static_range(G): r = r + (acc[p*G + j]*a[:, None] + dot16(w, c[j], DT),)
+        c = planes_of(group_bytes(VC + b*(128*CB) + p*(W*BITS//8), CB, D//(PARTS*G), GB, W//G), VT, True, BITS, G, DT)
+        if SUMS == 1: c = (join_planes(c, G),)
+        for j in tl.static_range(SUMS): r = r + (acc[p*SUMS + j]*a[:, None] + dot16(w, c[j], DT),)
     return r
 
 @triton.jit
-def rotated_back(acc, norm, RV, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, DT: tl.constexpr):
+def rotated_back(acc, norm, R, PARTS: tl.constexpr, SUMS: tl.constexpr, DT: tl.constexpr):
     "The sum of the values in the order and basis of the model, (16, W*PARTS)"
-    i = tl.arange(0, BG)[:, None]
-    d = tl.arange(0, W)[None, :]
     y = ()
-    for p in tl.static_range(PARTS):
-        s = tl.zeros((16, W), tl.float32)
-        for j in tl.static_range(G): s += rotated(acc[p*G + j], tl.load(RV + (i*G + j)*W + d, mask=(i*G + j < W) & (d >= 0), other=0), DT)
-        y = y + (s*norm[None, :],)
+    for p in tl.static_range(PARTS): y = y + (rotated(join_planes(acc[p*SUMS:p*SUMS + SUMS], SUMS), R, DT)*norm[None, :],)
     return side_by_side(crossed(y))
 
-# %% ../../nbs/31_kv_attention.ipynb #b7dd68d7
+# %% ../../nbs/31_kv_attention.ipynb #e33adfeb
 @triton.jit
 def visible(t, start, length, MASK, row, mask_row, MASKED: tl.constexpr):
     "Which of some tokens a row can see"
@@ -309,7 +332,7 @@ def visible(t, start, length, MASK, row, mask_row, MASKED: tl.constexpr):
 @triton.jit
 def _kv_split_kernel(Q, KF, KR, KC, KG, KM, KS, VF, VR, VC, VG, KT, VT, KWORDS, VWORDS, ROT, NORM, MASK, LENGTH, LEAST, START, WS, q_row, q_head, mask_row, row_step, n_blocks, scale,
                      HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
-                     KB: tl.constexpr, KGS: tl.constexpr, KGB: tl.constexpr, KBG: tl.constexpr, VB: tl.constexpr, VGS: tl.constexpr, VGB: tl.constexpr, VBG: tl.constexpr,
+                     KB: tl.constexpr, KGS: tl.constexpr, KGB: tl.constexpr, VB: tl.constexpr, VGS: tl.constexpr, VGB: tl.constexpr,
                      E: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -334,19 +357,18 @@ def _kv_split_kernel(Q, KF, KR, KC, KG, KM, KS, VF, VR, VC, VG, KT, VT, KWORDS, 
             norm = tl.load(NORM + w)
             q = ()
             for p in tl.static_range(PARTS): q = q + (tl.load(queries + p*W + w[None, :], mask=(h < GROUP) & (p*W + w < D)[None, :], other=0).to(tl.float32),)
-            RK = ()
-            i = tl.arange(0, KBG)[None, :]
-            for j in tl.static_range(KGS): RK = RK + (tl.load(ROT + w[:, None]*W + i*KGS + j, mask=(i*KGS + j < W) & (w[:, None] >= 0), other=0),)
+            R = tl.load(ROT + w[:, None]*W + w[None, :])
+            SUMS: tl.constexpr = VGS if VGS < 8 else 1
             sums = ()
-            for j in tl.static_range(PARTS*VGS): sums = sums + (tl.zeros((16, VBG), tl.float32),)
+            for j in tl.static_range(PARTS*SUMS): sums = sums + (tl.zeros((16, W//SUMS), tl.float32),)
             for u in range(lo, tl.minimum(hi, packed)):
                 b = here + skipped + u
                 ok = visible(SINKS + (skipped + u)*128 + tl.arange(0, 128), start, length, MASK, row, mask_row, MASKED)
-                s = block_scores(q, norm, KC, KG, KM, KS, KT, RK, b, D, W, PARTS, KB, KGS, KGB, KBG, DT)*scale
+                s = block_scores(q, norm, KC, KG, KM, KS, KT, R, b, D, W, PARTS, KB, KGS, KGB, DT)*scale
                 weights, a, m, l = softmax_step(tl.where(ok[None, :], s, float('-inf')), m, l)
                 gain = tl.where(ok, tl.load(VG + b*128 + tl.arange(0, 128)).to(tl.float32), 0.0)
-                sums = block_values(sums, narrow(weights*gain[None, :], DT), a, VC, VT, b, D, W, PARTS, VB, VGS, VGB, VBG, DT)
-            acc = rotated_back(sums, norm, ROT, D, W, PARTS, VGS, VBG, DT)
+                sums = block_values(sums, narrow(weights*gain[None, :], DT), a, VC, VT, b, D, W, PARTS, VB, VGS, VGB, SUMS, DT)
+            acc = rotated_back(sums, norm, R, PARTS, SUMS, DT)
         q16 = tl.load(queries + d, mask=(h < GROUP) & (d < D), other=0)
         for u in range(tl.maximum(lo, packed), hi):
             e = u - packed
@@ -372,7 +394,7 @@ def _kv_combine_kernel(WS, OUT, LENGTH, LEAST, START, out_row, out_head, row_ste
     wait_for_predecessor(EARLY)
     combine_parts(WS, OUT + row*out_row + (i % (HEADS*GROUP))*out_head, i, tl.num_programs(0), tl.program_id(1)*BD, tl.minimum(units, SPLITS), GROUP, SPLITS, D, BD, PARTS, DT)
 
-# %% ../../nbs/31_kv_attention.ipynb #6069e327
+# %% ../../nbs/31_kv_attention.ipynb #efe091bb
 def _padded(n): return max(16, 1 << (n - 1).bit_length())
 def _group(bits): return 8//gcd(8, bits), bits//gcd(8, bits)   # codes and bytes of a group
 
@@ -385,9 +407,9 @@ def _tables(bits, device, dtype):
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _rotation(D, device, dtype):
-    "Signs (W, W) and factors (W,) of the rotation of one part"
-    parts, W = head_parts(D if D <= 128 else D//2), _padded(min(D, 128))
+def _rotation(D, planes, device, dtype):
+    "Signs (W, W) and factors (W,) of the rotation of one part; at least sixteen channels for each plane"
+    parts, W = head_parts(D if D <= 128 else D//2), max(_padded(min(D, 128)), 16*planes)
     signs, norm = torch.zeros(W, W), torch.zeros(W)
     d = sum(parts)
     signs[:d, :d] = head_rotation(d).sign()
@@ -455,16 +477,16 @@ def kv_attention(
     splits = splits or kv_splits(pairs, units, _multiprocessors(q.device))
     if out is None: out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     ws = torch.empty(rows*heads*splits*(D + 2), dtype=torch.float32, device=q.device)
-    (signs, norm), early, n_parts = _rotation(D, q.device, q.dtype), early_start(q.device), _padded(splits)
     (k_table, k_words), (v_table, v_words) = (_tables(h.blocks.bits, q.device, q.dtype) for h in halves)
+    (kg, kgb), (vg, vgb) = _group(k.blocks.bits), _group(v.blocks.bits)
+    (signs, norm), early, n_parts = _rotation(D, max(kg, vg), q.device, q.dtype), early_start(q.device), _padded(splits)
     W, PARTS = len(norm), 2 if D > 128 else 1
     wide = min(_padded(D), max(16, 4096//n_parts))             # columns that one program combines
-    (kg, kgb), (vg, vgb) = _group(k.blocks.bits), _group(v.blocks.bits)
     common = dict(HEADS=kv_heads, GROUP=heads//kv_heads, D=D, SINKS=sinks, RING=ring, E=EXACT_UNIT, SPLITS=splits, EARLY=early, DT=TL_DTYPE[q.dtype], **({'launch_pdl':True} if early else {}))
     with on_device(q.device):
         _kv_split_kernel[(pairs, splits)](q, k.first, k.ring, k.blocks.codes, k.blocks.gains, k.blocks.means, k.blocks.scales, v.first, v.ring, v.blocks.codes, v.blocks.gains,
             k_table, v_table, k_words, v_words, signs, norm, q if mask is None else mask.view(torch.uint8), length, least, start, ws,
-            *q.stride()[:2], 0 if mask is None else mask.stride(0), start.stride(0), n_blocks, scale*log2(e), W=W, PARTS=PARTS, KB=k.blocks.bits, KGS=kg, KGB=kgb, KBG=_padded(ceil(W/kg)),
-            VB=v.blocks.bits, VGS=vg, VGB=vgb, VBG=_padded(ceil(W/vg)), MASKED=mask is not None, num_stages=3, num_warps=8 if W > 64 else 4, **common)
+            *q.stride()[:2], 0 if mask is None else mask.stride(0), start.stride(0), n_blocks, scale*log2(e), W=W, PARTS=PARTS, KB=k.blocks.bits, KGS=kg, KGB=kgb,
+            VB=v.blocks.bits, VGS=vg, VGB=vgb, MASKED=mask is not None, num_stages=3, num_warps=8 if W > 64 else 4, **common)
         _kv_combine_kernel[(rows*heads, ceil(D/wide))](ws, out, length, least, start, *out.stride()[:2], start.stride(0), n_blocks, BD=wide, PARTS=n_parts, num_warps=4, **common)
     return out
