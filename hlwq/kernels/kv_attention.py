@@ -7,7 +7,9 @@ __all__ = ['EXACT_UNIT', 'HOLD_K', 'HOLD_V', 'K2', 'K3', 'K4', 'V2', 'V3', 'V4',
            'kv_blocks_ref', 'kv_attention_ref', 'kv_units_ref', 'kv_share_ref', 'kv_units', 'kv_share', 'look_up_text',
            'look_up_words', 'hold_text', 'group_bytes', 'plane_code', 'hold_tables', 'planes_of', 'rotated', 'crossed',
            'split_planes', 'join_planes', 'side_by_side', 'load_columns', 'block_scores', 'block_values',
-           'rotated_back', 'visible', 'kv_splits', 'kv_attention', 'KVView', 'kv_attention_forward', 'use_kv_attention']
+           'rotated_back', 'visible', 'kv_splits', 'kv_attention', 'halved', 'tree_columns', 'rotate_columns',
+           'nearest', 'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append', 'KVView',
+           'kv_attention_forward', 'use_kv_attention']
 
 # %% ../../nbs/31_kv_attention.ipynb #3c1a07b7
 from functools import lru_cache
@@ -394,7 +396,7 @@ def _kv_combine_kernel(WS, OUT, LENGTH, LEAST, START, out_row, out_head, row_ste
     wait_for_predecessor(EARLY)
     combine_parts(WS, OUT + row*out_row + (i % (HEADS*GROUP))*out_head, i, tl.num_programs(0), tl.program_id(1)*BD, tl.minimum(units, SPLITS), GROUP, SPLITS, D, BD, PARTS, DT)
 
-# %% ../../nbs/31_kv_attention.ipynb #c1792067
+# %% ../../nbs/31_kv_attention.ipynb #3b4a4220
 def _padded(n): return max(16, 1 << (n - 1).bit_length())
 def _group(bits): return 8//gcd(8, bits), bits//gcd(8, bits)   # codes and bytes of a group
 
@@ -419,6 +421,10 @@ def _rotation(D, planes, device, dtype):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _none_yet(device): return torch.zeros(1, dtype=torch.int64, device=device)
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _zeros(rows, device): return torch.zeros(rows, dtype=torch.int64, device=device)
 
 @lru_cache(maxsize=16)
 def _multiprocessors(device): return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
@@ -491,7 +497,179 @@ def kv_attention(
         _kv_combine_kernel[(rows*heads, ceil(D/wide))](ws, out, length, least, start, *out.stride()[:2], start.stride(0), n_blocks, BD=wide, PARTS=n_parts, num_warps=4, **common)
     return out
 
-# %% ../../nbs/31_kv_attention.ipynb #486987ef
+# %% ../../nbs/31_kv_attention.ipynb #ce0c9dee
+@triton.jit
+def halved(x, T: tl.constexpr, M: tl.constexpr, H: tl.constexpr):
+    "Pairs of columns at distance H, (T, M/2H, H) for each"
+    return tl.split(tl.permute(tl.reshape(x, (T, M//(2*H), 2, H)), (0, 1, 3, 2)))
+
+@triton.jit
+def tree_columns(x, T: tl.constexpr, M: tl.constexpr):
+    "Sums of rows (T, M) in the order of quantize.tree_sum"
+    for i in tl.static_range(9):
+        if (M >> i) > 1:
+            a, b = halved(x, T, M >> i, M >> (i + 1))
+            x = tl.reshape(a + b, (T, M >> (i + 1)))
+    return tl.reshape(x, (T,))
+
+@triton.jit
+def rotate_columns(x, T: tl.constexpr, M: tl.constexpr, NORM: tl.constexpr):
+    "Butterflies of rows (T, M) in the order of hadamard.butterflies, times NORM"
+    for i in tl.static_range(9):
+        if (M >> i) > 1:
+            a, b = halved(x, T, M, M >> (i + 1))
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (T, M))
+    return x*NORM
+
+@triton.jit
+def nearest(t, BOUNDS, BITS: tl.constexpr):
+    "Boundaries strictly below t"
+    code = tl.zeros(t.shape, tl.int32)
+    for i in tl.static_range(BITS - 1, -1, -1): code += tl.where(t > tl.load(BOUNDS + code + ((1 << i) - 1)), 1 << i, 0)
+    return code
+
+@triton.jit
+def pack_columns(code, C, T: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr):
+    "Stores codes (T, M) as streams of bits, from C on"
+    r = (code.to(tl.int64),)
+    for i in tl.static_range(3):
+        if (2 << i) <= G:
+            even = ()
+            odd = ()
+            for j in tl.static_range(1 << i):
+                a, b = tl.split(tl.reshape(r[j], (T, r[j].shape[1]//2, 2)))
+                even = even + (a,)
+                odd = odd + (b,)
+            r = even + odd
+    word = r[0] << (BITS*(G - 1))
+    for j in tl.static_range(1, G): word |= r[j] << (BITS*(G - 1 - j))
+    at = tl.arange(0, T)[:, None]*CB + tl.arange(0, M//G)[None, :]*GB
+    for k in tl.static_range(GB): tl.store(C + at + k, ((word >> (8*(GB - 1 - k))) & 255).to(tl.uint8))
+
+@triton.jit
+def block_statistics(X, MEANS, SCALES, RMS, first, D: tl.constexpr, RING: tl.constexpr, CH: tl.constexpr, KNOWN: tl.constexpr):
+    "Means and scales of the channels of a block, CH at a time"
+    slot = (first + tl.arange(0, 128)) % RING
+    for i in range(D//CH):
+        c = i*CH + tl.arange(0, CH)
+        x = tl.trans(tl.load(X + slot[:, None]*D + c[None, :]).to(tl.float32))
+        mean = (tree_columns(x, CH, 128)*0.0078125).to(tl.float16)
+        x = x - mean.to(tl.float32)[:, None]
+        deviation = tl.sqrt((tree_columns(x*x, CH, 128)*0.0078125).to(tl.float64))
+        if KNOWN:
+            rms = tl.load(RMS + c).to(tl.float64)
+            deviation = deviation/tl.where(rms < 1e-9, 1e-9, rms)
+        scale = tl.sqrt(deviation).to(tl.float32)
+        scale = tl.where(scale < 0.00006103515625, 0.00006103515625, tl.where(scale > 65504.0, 65504.0, scale))
+        tl.store(MEANS + c, mean)
+        tl.store(SCALES + c, scale.to(tl.float16))
+
+@triton.jit
+def encode_block(X, C, GAINS, MEANS, SCALES, CENTROIDS, BOUNDS, first, D: tl.constexpr, RING: tl.constexpr, PIECES: tl.constexpr, NORMS: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr):
+    "Codes and gains of 128 tokens of the ring, T at a time"
+    CB: tl.constexpr = D*BITS//8
+    N: tl.constexpr = len(PIECES)
+    for i in range(128//T):
+        slot = ((first + i*T + tl.arange(0, T)) % RING)[:, None]
+        z = ()
+        energy = tl.zeros((T,), tl.float32)
+        for p in tl.static_range(N):
+            d = PIECES[p][1] + tl.arange(0, PIECES[p][0])[None, :]
+            x = tl.load(X + slot*D + d).to(tl.float32)
+            if CHANNELS: x = tl.div_rn(x - tl.load(MEANS + d).to(tl.float32), tl.broadcast_to(tl.load(SCALES + d).to(tl.float32), x.shape))
+            x = rotate_columns(x, T, PIECES[p][0], NORMS[p])
+            z = z + (x,)
+            part = tree_columns(x*x, T, PIECES[p][0])
+            energy = part if p == 0 else energy + part
+        gain = tl.sqrt(energy.to(tl.float64)/D).to(tl.float32)
+        codes = ()
+        for p in tl.static_range(N): codes = codes + (tl.zeros((T, PIECES[p][0]), tl.int32),)
+        for turn in range(3):
+            found = ()
+            along = energy
+            inverse = tl.div_rn(1.0, gain)
+            for p in tl.static_range(N):
+                t = z[p]*inverse[:, None]
+                code = nearest(tl.where(t == t, t, 0.0), BOUNDS, BITS)
+                c = tl.load(CENTROIDS + code)
+                found = found + (code,)
+                e = tree_columns(c*c, T, PIECES[p][0])
+                a = tree_columns(c*z[p], T, PIECES[p][0])
+                energy = e if p == 0 else energy + e
+                along = a if p == 0 else along + a
+            gain = tl.div_rn(along, energy)
+            codes = found
+        for p in tl.static_range(N): pack_columns(codes[p], C + i*T*CB + PIECES[p][1]*BITS//8, T, PIECES[p][0], CB, BITS, G, GB)
+        tl.store(GAINS + i*T + tl.arange(0, T), gain.to(tl.float16))
+
+@triton.jit
+def put_token(X, FIRST, RINGS, pair, t, there, D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr):
+    "Writes token t of a row and head to its place"
+    d = tl.arange(0, BD)
+    x = tl.load(X + d, mask=there & (d < D), other=0)
+    tl.store(FIRST + (pair*SINKS + t)*D + d, x, mask=there & (t < SINKS) & (d < D))
+    tl.store(RINGS + (pair*RING + tl.maximum(t - SINKS, 0) % RING)*D + d, x, mask=there & (t >= SINKS) & (d < D))
+
+@triton.jit
+def _append_kernel(K, V, KF, KR, KC, KG, KM, KS, VF, VR, VC, VG, KCENT, KBOUND, VCENT, VBOUND, RMS, LENGTH, LEAST, k_row, k_head, v_row, v_head, n_blocks, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+                   PIECES: tl.constexpr, NORMS: tl.constexpr, KB: tl.constexpr, KGS: tl.constexpr, KGB: tl.constexpr, VB: tl.constexpr, VGS: tl.constexpr, VGB: tl.constexpr, CH: tl.constexpr, T: tl.constexpr, KNOWN: tl.constexpr, EARLY: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    row = pair // HEADS
+    head = pair % HEADS
+    wait_for_predecessor(EARLY)
+    length = tl.load(LENGTH, volatile=True)
+    least = tl.load(LEAST, volatile=True)
+    ready = length - SINKS - (RING - 128)                      # tokens that need not stay in 16 bits
+    b = tl.maximum(ready, 0)//128 - 1
+    there = (length > 0) & (b < n_blocks)
+    full = there & (ready % 128 == 0) & (b >= 0) & (b >= least)
+    here = pair*n_blocks + b
+    if tl.program_id(1) == 0:
+        put_token(K + row*k_row + head*k_head, KF, KR, pair, length - 1, there, D, BD, SINKS, RING)
+        if full:
+            tl.debug_barrier()
+            block_statistics(KR + pair*(RING*D), KM + here*D, KS + here*D, RMS + head*D, b*128, D, RING, CH, KNOWN)
+            tl.debug_barrier()
+            encode_block(KR + pair*(RING*D), KC + here*(16*D*KB), KG + here*128, KM + here*D, KS + here*D, KCENT, KBOUND, b*128, D, RING, PIECES, NORMS, KB, KGS, KGB, True, T)
+    else:
+        put_token(V + row*v_row + head*v_head, VF, VR, pair, length - 1, there, D, BD, SINKS, RING)
+        if full:
+            tl.debug_barrier()
+            encode_block(VR + pair*(RING*D), VC + here*(16*D*VB), VG + here*128, KM, KS, VCENT, VBOUND, b*128, D, RING, PIECES, NORMS, VB, VGS, VGB, False, T)
+
+# %% ../../nbs/31_kv_attention.ipynb #b3766afd
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _encoder_tables(bits, device):
+    book = codebook('lloyd-max', bits)
+    return book.centroids.to(device), book.boundaries.to(device)
+
+def kv_append(
+    k:Tensor, # (rows, heads, head_dim) key of the newest token
+    v:Tensor, # (rows, heads, head_dim) its value
+    halves:tuple, # keys and values, each a KVHalf, as in HLWQLayer.halves; changed in place
+    length:Tensor, # one int64 on the device: tokens in the cache, the newest one included
+    least:Tensor=None, # one int64 on the device: blocks that there are in any case, as for kv_attention
+    query_rms:Tensor=None, # (heads, head_dim) float32, as for encode_blocks
+):
+    """Writes the newest token to its place, and encodes the block that it completes; never waits for the GPU.
+
+    A length that cannot be changes nothing. Raises ConfigError and UnsupportedError as kv_attention does."""
+    if least is None: least = _none_yet(k.device)
+    _check(k, halves, length, torch.zeros(0) if k.ndim != 3 else _zeros(len(k), k.device), least, None, None)
+    if v.shape != k.shape or (k.shape[0], k.shape[1], k.shape[2]) != halves[0].shape or v.dtype != k.dtype or v.device != k.device: raise ConfigError(f"kv_append: key {tuple(k.shape)} {k.dtype}, value {tuple(v.shape)} {v.dtype}, need twice {halves[0].shape} of the dtype of the cache; check the order of the axes")
+    if query_rms is not None and (query_rms.shape != k.shape[1:] or query_rms.dtype != torch.float32 or not query_rms.is_contiguous()): raise ConfigError(f"kv_append: query_rms {tuple(query_rms.shape)} {query_rms.dtype}, need {tuple(k.shape[1:])} of float32; take what query_rms gives")
+    k, v = (o if o.stride(2) == 1 else o.contiguous() for o in (k, v))
+    (rows, heads, D), (a, b), early = k.shape, halves, early_start(k.device)
+    parts = head_parts(D)
+    (kg, kgb), (vg, vgb) = _group(a.blocks.bits), _group(b.blocks.bits)
+    with on_device(k.device):
+        _append_kernel[(rows*heads, 2)](k, v, a.first, a.ring, a.blocks.codes, a.blocks.gains, a.blocks.means, a.blocks.scales, b.first, b.ring, b.blocks.codes, b.blocks.gains,
+            *_encoder_tables(a.blocks.bits, k.device), *_encoder_tables(b.blocks.bits, k.device), k if query_rms is None else query_rms, length, least, *k.stride()[:2], *v.stride()[:2], a.blocks.n_blocks,
+            HEADS=heads, D=D, BD=_padded(D), SINKS=a.first.shape[2], RING=a.ring.shape[2], PIECES=tuple((m, sum(parts[:i])) for i,m in enumerate(parts)), NORMS=tuple(m**-.5 for m in parts),
+            KB=a.blocks.bits, KGS=kg, KGB=kgb, VB=b.blocks.bits, VGS=vg, VGB=vgb, CH=16, T=max(4, min(16, 1024//_padded(D))), KNOWN=query_rms is not None, EARLY=early, num_warps=4, enable_fp_fusion=False, **({'launch_pdl':True} if early else {}))
+
+# %% ../../nbs/31_kv_attention.ipynb #c17b199f
 KV_ATTENTION = 'hlwq_kv'                                      # by this name a layer of a cache knows it too
 
 class KVView:
@@ -519,10 +697,6 @@ class KVView:
     @property
     def device(self): return self.length.device
     def __repr__(self): return f'KVView({self.numbers[0]} tokens, {self.numbers[1]} blocks)'
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _zeros(rows, device): return torch.zeros(rows, dtype=torch.int64, device=device)
 
 def _row_mask(mask, rows, n): # of transformers -> (rows, n) bool, or nothing
     if mask is None: return None
