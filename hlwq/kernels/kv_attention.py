@@ -7,8 +7,8 @@ __all__ = ['EXACT_UNIT', 'HOLD_K', 'HOLD_V', 'K2', 'K3', 'K4', 'V2', 'V3', 'V4',
            'kv_blocks_ref', 'kv_attention_ref', 'kv_units_ref', 'kv_share_ref', 'kv_units', 'kv_share', 'look_up_text',
            'look_up_words', 'hold_text', 'group_bytes', 'plane_code', 'hold_tables', 'planes_of', 'rotated', 'crossed',
            'split_planes', 'join_planes', 'side_by_side', 'load_columns', 'block_scores', 'block_values',
-           'rotated_back', 'visible', 'kv_splits', 'kv_attention', 'halved', 'tree_columns', 'rotate_columns',
-           'nearest', 'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append', 'KVView',
+           'rotated_back', 'visible', 'kv_splits', 'kv_attention', 'tree_columns', 'rotate_columns', 'nearest',
+           'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append', 'KVView',
            'kv_attention_forward', 'use_kv_attention']
 
 # %% ../../nbs/31_kv_attention.ipynb #3c1a07b7
@@ -497,28 +497,24 @@ def kv_attention(
         _kv_combine_kernel[(rows*heads, ceil(D/wide))](ws, out, length, least, start, *out.stride()[:2], start.stride(0), n_blocks, BD=wide, PARTS=n_parts, num_warps=4, **common)
     return out
 
-# %% ../../nbs/31_kv_attention.ipynb #ce0c9dee
-@triton.jit
-def halved(x, T: tl.constexpr, M: tl.constexpr, H: tl.constexpr):
-    "Pairs of columns at distance H, (T, M/2H, H) for each"
-    return tl.split(tl.permute(tl.reshape(x, (T, M//(2*H), 2, H)), (0, 1, 3, 2)))
-
+# %% ../../nbs/31_kv_attention.ipynb #9f6f21af
 @triton.jit
 def tree_columns(x, T: tl.constexpr, M: tl.constexpr):
-    "Sums of rows (T, M) in the order of quantize.tree_sum"
+    "Sums of rows (T, M) in the order of quantize.tree_sum: always of two numbers, so it does not matter in which order a sum is taken"
     for i in tl.static_range(9):
-        if (M >> i) > 1:
-            a, b = halved(x, T, M >> i, M >> (i + 1))
-            x = tl.reshape(a + b, (T, M >> (i + 1)))
+        if (M >> i) > 1: x = tl.sum(tl.reshape(x, (T, 2, M >> (i + 1))), 1)
     return tl.reshape(x, (T,))
 
 @triton.jit
 def rotate_columns(x, T: tl.constexpr, M: tl.constexpr, NORM: tl.constexpr):
     "Butterflies of rows (T, M) in the order of hadamard.butterflies, times NORM"
+    second = tl.arange(0, 2)[None, :, None] == 1
     for i in tl.static_range(9):
         if (M >> i) > 1:
-            a, b = halved(x, T, M, M >> (i + 1))
-            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (T, M))
+            x = tl.reshape(x, (T << i, 2, M >> (i + 1)))
+            total = tl.sum(x, 1)
+            difference = tl.sum(tl.where(second, -x, x), 1)
+            x = tl.reshape(tl.where(second, difference[:, None, :], total[:, None, :]), (T, M))
     return x*NORM
 
 @triton.jit
@@ -531,18 +527,8 @@ def nearest(t, BOUNDS, BITS: tl.constexpr):
 @triton.jit
 def pack_columns(code, C, T: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, GB: tl.constexpr):
     "Stores codes (T, M) as streams of bits, from C on"
-    r = (code.to(tl.int64),)
-    for i in tl.static_range(3):
-        if (2 << i) <= G:
-            even = ()
-            odd = ()
-            for j in tl.static_range(1 << i):
-                a, b = tl.split(tl.reshape(r[j], (T, r[j].shape[1]//2, 2)))
-                even = even + (a,)
-                odd = odd + (b,)
-            r = even + odd
-    word = r[0] << (BITS*(G - 1))
-    for j in tl.static_range(1, G): word |= r[j] << (BITS*(G - 1 - j))
+    shift = (BITS*(G - 1 - tl.arange(0, G)))[None, None, :].to(tl.int64)
+    word = tl.sum(tl.reshape(code, (T, M//G, G)).to(tl.int64) << shift, 2)
     at = tl.arange(0, T)[:, None]*CB + tl.arange(0, M//G)[None, :]*GB
     for k in tl.static_range(GB): tl.store(C + at + k, ((word >> (8*(GB - 1 - k))) & 255).to(tl.uint8))
 
@@ -583,7 +569,7 @@ def encode_block(X, C, GAINS, MEANS, SCALES, CENTROIDS, BOUNDS, first, D: tl.con
             energy = part if p == 0 else energy + part
         gain = tl.sqrt(energy.to(tl.float64)/D).to(tl.float32)
         codes = ()
-        for p in tl.static_range(N): codes = codes + (tl.zeros((T, PIECES[p][0]), tl.int32),)
+        for p in tl.static_range(N): codes = codes + (tl.zeros(z[p].shape, tl.int32),)
         for turn in range(3):
             found = ()
             along = energy
@@ -637,7 +623,7 @@ def _append_kernel(K, V, KF, KR, KC, KG, KM, KS, VF, VR, VC, VG, KCENT, KBOUND, 
             tl.debug_barrier()
             encode_block(VR + pair*(RING*D), VC + here*(16*D*VB), VG + here*128, KM, KS, VCENT, VBOUND, b*128, D, RING, PIECES, NORMS, VB, VGS, VGB, False, T)
 
-# %% ../../nbs/31_kv_attention.ipynb #b3766afd
+# %% ../../nbs/31_kv_attention.ipynb #38b57b60
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _encoder_tables(bits, device):
@@ -667,7 +653,7 @@ def kv_append(
         _append_kernel[(rows*heads, 2)](k, v, a.first, a.ring, a.blocks.codes, a.blocks.gains, a.blocks.means, a.blocks.scales, b.first, b.ring, b.blocks.codes, b.blocks.gains,
             *_encoder_tables(a.blocks.bits, k.device), *_encoder_tables(b.blocks.bits, k.device), k if query_rms is None else query_rms, length, least, *k.stride()[:2], *v.stride()[:2], a.blocks.n_blocks,
             HEADS=heads, D=D, BD=_padded(D), SINKS=a.first.shape[2], RING=a.ring.shape[2], PIECES=tuple((m, sum(parts[:i])) for i,m in enumerate(parts)), NORMS=tuple(m**-.5 for m in parts),
-            KB=a.blocks.bits, KGS=kg, KGB=kgb, VB=b.blocks.bits, VGS=vg, VGB=vgb, CH=16, T=max(4, min(16, 1024//_padded(D))), KNOWN=query_rms is not None, EARLY=early, num_warps=4, enable_fp_fusion=False, **({'launch_pdl':True} if early else {}))
+            KB=a.blocks.bits, KGS=kg, KGB=kgb, VB=b.blocks.bits, VGS=vg, VGB=vgb, CH=16, T=16, KNOWN=query_rms is not None, EARLY=early, num_warps=4, enable_fp_fusion=False, **({'launch_pdl':True} if early else {}))
 
 # %% ../../nbs/31_kv_attention.ipynb #c17b199f
 KV_ATTENTION = 'hlwq_kv'                                      # by this name a layer of a cache knows it too
