@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM,DynamicCache,StaticCache
 from common import ROOT
 from hlwq.core import ConfigError,UnsupportedError,asset_path
 from hlwq.kernels import kv_attention as M,layout
-from hlwq.kernels.kv_attention import KVView,kv_attention,kv_attention_forward,kv_attention_ref,kv_blocks_ref,kv_contents_ref,kv_share_ref,kv_splits,kv_units_ref,use_kv_attention
+from hlwq.kernels.kv_attention import KVView,kv_append,kv_attention,kv_attention_forward,kv_attention_ref,kv_blocks_ref,kv_contents_ref,kv_share_ref,kv_splits,kv_units_ref,use_kv_attention
 from hlwq.kv_cache import PACKED_ATTENTION,HLWQCache,HLWQLayer,blocks_of
 from hlwq.kv_codec import decode_ref
 
@@ -198,6 +198,80 @@ def test_errors(monkeypatch):
     monkeypatch.setattr(M, 'INTERPRETED', False)
     if not GPU: refused(UnsupportedError, 'no kernel for cpu', q, h, n, start, .1)
 
+# --- the newest token
+
+def both(n, split, rows=1, heads=2, D=64, bits=(4, 4), dtype=BF16, rms=None, change=None, **kw):
+    "Two layers with n tokens: one in one call, one by the kernel from token `split` on"
+    g = torch.Generator().manual_seed(D)
+    k,v = ((torch.randn(rows, heads, n, D, generator=g)*torch.rand(D, generator=g)*4 + torch.randn(D, generator=g)).to(device, dtype) for _ in range(2))
+    if change: change(k, v)
+    want,got = (HLWQLayer(*bits, reserve=n, query_rms=rms, **kw) for _ in range(2))
+    for o in (want, got): o.lazy_initialization(k, v)
+    want.update(k, v)
+    if split: got.update(k[:, :, :split], v[:, :, :split])
+    for i in range(split, n): kv_append(k[:, :, i], v[:, :, i], got.halves, number(i+1), query_rms=rms)
+    return want,got
+
+def same_bits(a, b):
+    "Equal, but for the sign of a gain of zero and what kind of NaN it is"
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0., float('inf'), -float('inf')), b.nan_to_num(0., float('inf'), -float('inf'))) if a.is_floating_point() else torch.equal(a, b)
+
+def check_both(want, got):
+    m,n = want.n_blocks,want.length
+    assert m and m > got.n_blocks
+    for x,y in zip(want.halves, got.halves):
+        assert torch.equal(x.first, y.first)
+        for a,b in zip(x.blocks.tensors, y.blocks.tensors): assert same_bits(a[:, :, :m], b[:, :, :m]), a.dtype
+        rest = torch.arange(128*m, n - x.first.shape[2]) % x.ring.shape[2]
+        assert torch.equal(x.ring[:, :, rest], y.ring[:, :, rest])
+
+@pytest.mark.parametrize('D', (16, 64, 80, 96, 112, 128, 256))
+@pytest.mark.parametrize('bits,dtype', (((4, 4), BF16), ((3, 8), F32)))
+def test_bytes_of_a_block(D, bits, dtype): check_both(*both(150, 146, heads=1, D=D, bits=bits, dtype=dtype, residual=16))
+
+def test_bytes_with_other_settings():
+    check_both(*both(137, 130, rows=2, bits=(6, 3), residual=0, sinks=7))
+    check_both(*both(170, 166, bits=(2, 5), dtype=F16, residual=40, sinks=0, rms=(torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) + .1).to(device)))
+    check_both(*both(133, 0, heads=1, D=16, residual=0))                 # from the first token on
+
+def test_bytes_of_broken_numbers():
+    "Zeros, numbers out of range, channels that do not vary, NaN and infinity"
+    warnings.simplefilter('ignore', RuntimeWarning)                # numpy's
+    def change(k, v):
+        k[0, 0, :, 5], k[0, 0, 9], v[0, 0, 20], v[0, 0, 21], v[0, 0, 22], v[0, 0, 23, 3], v[0, 0, 24] = 7., 0., 0., 1e-30, 1e30, NAN, float('inf')
+        k[0, 1, 30, 4], k[0, 1, 31, 6] = NAN, float('inf')
+    check_both(*both(135, 131, residual=0, change=change))
+
+def test_encodes_only_what_is_complete():
+    "No other block, none that there was already, and nothing at all for a length that cannot be"
+    for n,least in ((0, 0), (-5, 0), (10**12, 0), (299, 0), (301, 0), (300, 3)):
+        layer = filled(300, sinks=4, residual=40)                  # 300 completes the second block
+        before = [t.clone() for h in layer.halves for t in h.blocks.tensors]
+        k = torch.randn(1, 1, 64, device=device, dtype=BF16)
+        kv_append(k, k, layer.halves, number(n), number(least))
+        assert all(same_bits(a, b) for a,b in zip(before, [t for h in layer.halves for t in h.blocks.tensors])), n
+    rings = [h.ring.clone() for h in layer.halves]
+    kv_append(k, k, layer.halves, number(10**12))
+    assert all(same_bits(a, h.ring) for a,h in zip(rings, layer.halves))
+
+def test_append_errors():
+    layer = filled(300, heads=2)
+    k = torch.randn(1, 2, 64, device=device, dtype=BF16)
+    for bad in (k[:, :1], k.float(), k[0]):
+        with pytest.raises(ConfigError): kv_append(k, bad, layer.halves, number(301))
+        with pytest.raises(ConfigError): kv_append(bad, k, layer.halves, number(301))
+    with pytest.raises(ConfigError, match='query_rms'): kv_append(k, k, layer.halves, number(301), query_rms=torch.ones(2, 32, device=device))
+    with pytest.raises(ConfigError, match='one int64'): kv_append(k, k, layer.halves, number(301).int())
+
+def test_append_takes_any_strides():
+    a,b = filled(280, heads=2),filled(280, heads=2)
+    k = torch.randn(1, 2, 64, device=device, dtype=BF16)
+    wide = torch.zeros(1, 2, 128, device=device, dtype=BF16)
+    wide[..., ::2] = k
+    kv_append(k, k, a.halves, number(281))
+    kv_append(wide[..., ::2], k.transpose(0, 1).contiguous().transpose(0, 1), b.halves, number(281))
+    for x,y in zip(a.halves, b.halves): assert same_bits(x.ring, y.ring)
+
 # --- in a model
 
 @pytest.fixture(scope='module')
@@ -296,3 +370,32 @@ def test_one_recording_serves_all_lengths(bits):
         y.fill_(NAN); graph.replay(); torch.cuda.synchronize()
         assert torch.equal(y, call())
         check(layer, n, (0, 100), group=8, scale=.0625, splits=None)
+
+@pytest.mark.skipif(not GPU, reason='needs a GPU')
+@pytest.mark.parametrize('bits', ((4, 4), (3, 2)))
+def test_one_recording_appends_and_attends(bits):
+    "Token after token, over the ends of blocks, against a layer that decodes"
+    g = torch.Generator().manual_seed(0)
+    k,v = (torch.randn(2, 2, 800, 256, generator=g).to(device, BF16) for _ in range(2))
+    q = torch.randn(800, 2, 16, 256, generator=g).to(device, BF16)
+    a,b = (HLWQLayer(*bits, reserve=1000) for _ in range(2))
+    for o in (a, b): o.update(k[:, :, :300], v[:, :, :300])
+    length,start,one,two,ask = number(300),torch.tensor([0, 9], device=device),k[:, :, 0].clone(),v[:, :, 0].clone(),q[0].clone()
+    def step():
+        length.add_(1)
+        kv_append(one, two, a.halves, length)
+        return kv_attention(ask, a.halves, length, start, .0625)
+    step(); length.fill_(300)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): y = step()
+    length.fill_(300)
+    for i in range(300, 800):
+        one.copy_(k[:, :, i]); two.copy_(v[:, :, i]); ask.copy_(q[i])
+        graph.replay()
+        if i % 64 == 0 or kv_blocks_ref(a.halves[0], i+1) != kv_blocks_ref(a.halves[0], i):
+            b.config = None
+            ref = kv_attention_ref(ask, a.halves, length, start, .0625, dtype=F64)
+            assert error(y, ref) < 1e-2
+        b.update(k[:, :, i:i+1], v[:, :, i:i+1])
+    for x,z in zip(a.halves, b.halves):
+        for s,t in zip(x.blocks.tensors, z.blocks.tensors): assert same_bits(s[:, :, :b.n_blocks], t[:, :, :b.n_blocks])

@@ -623,7 +623,7 @@ def _append_kernel(K, V, KF, KR, KC, KG, KM, KS, VF, VR, VC, VG, KCENT, KBOUND, 
             tl.debug_barrier()
             encode_block(VR + pair*(RING*D), VC + here*(16*D*VB), VG + here*128, KM, KS, VCENT, VBOUND, b*128, D, RING, PIECES, NORMS, VB, VGS, VGB, False, T)
 
-# %% ../../nbs/31_kv_attention.ipynb #38b57b60
+# %% ../../nbs/31_kv_attention.ipynb #acb942be
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _encoder_tables(bits, device):
@@ -642,8 +642,8 @@ def kv_append(
 
     A length that cannot be changes nothing. Raises ConfigError and UnsupportedError as kv_attention does."""
     if least is None: least = _none_yet(k.device)
-    _check(k, halves, length, torch.zeros(0) if k.ndim != 3 else _zeros(len(k), k.device), least, None, None)
-    if v.shape != k.shape or (k.shape[0], k.shape[1], k.shape[2]) != halves[0].shape or v.dtype != k.dtype or v.device != k.device: raise ConfigError(f"kv_append: key {tuple(k.shape)} {k.dtype}, value {tuple(v.shape)} {v.dtype}, need twice {halves[0].shape} of the dtype of the cache; check the order of the axes")
+    if k.shape != halves[0].shape or v.shape != k.shape or v.dtype != k.dtype or v.device != k.device: raise ConfigError(f"kv_append: key {tuple(k.shape)} {k.dtype}, value {tuple(v.shape)} {v.dtype}, need twice {halves[0].shape} of the dtype of the cache; check the order of the axes")
+    _check(k, halves, length, _zeros(len(k), k.device), least, None, None)
     if query_rms is not None and (query_rms.shape != k.shape[1:] or query_rms.dtype != torch.float32 or not query_rms.is_contiguous()): raise ConfigError(f"kv_append: query_rms {tuple(query_rms.shape)} {query_rms.dtype}, need {tuple(k.shape[1:])} of float32; take what query_rms gives")
     k, v = (o if o.stride(2) == 1 else o.contiguous() for o in (k, v))
     (rows, heads, D), (a, b), early = k.shape, halves, early_start(k.device)
