@@ -354,6 +354,48 @@ def test_what_it_cannot_serve(model, ids):
         with pytest.raises(ConfigError, match='attention mask'): kv_attention_forward(None, q, view, view, mask)
     with pytest.raises(ConfigError, match='gradients'): kv_attention_forward(None, q.float().requires_grad_(), view, view)
 
+# --- compiled for GPUs that need not be there
+
+COMPILE = '''
+import re,subprocess,sys,tempfile,triton,triton.language as tl
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hlwq.kernels import lanes
+lanes.PTX = tl.constexpr(True)
+from hlwq.kernels import kv_attention as M
+bin = Path(triton.__file__).parent/'backends/nvidia/bin/cuobjdump'
+KINDS = {**dict.fromkeys(('Q', 'KF', 'KR', 'VF', 'VR', 'KT', 'VT', 'ROT', 'K', 'V'), '*bf16'), **dict.fromkeys(('KC', 'VC', 'MASK'), '*u8'), **dict.fromkeys(('KG', 'KM', 'KS', 'VG'), '*fp16'), 'scale':'fp32',
+    **dict.fromkeys(('NORM', 'WS', 'KCENT', 'KBOUND', 'VCENT', 'VBOUND', 'RMS'), '*fp32'), **dict.fromkeys(('KWORDS', 'VWORDS'), '*i32'), **dict.fromkeys(('LENGTH', 'LEAST', 'START'), '*i64')}
+def compiled(fn, constants, cap, warps, stages, **kw):
+    names = fn.arg_names
+    kind = lambda n: 'constexpr' if n in constants else KINDS.get(n, 'i32')
+    aligned = {(names.index(n),):[['tt.divisibility', 16]] for n in names if kind(n)[0] == '*' or n in ('q_row', 'q_head')}
+    k = triton.compile(ASTSource(fn, {n:kind(n) for n in names}, constants, aligned), target=GPUTarget('cuda', cap, 32), options=dict(num_warps=warps, num_stages=stages, **kw, **({'launch_pdl':True} if cap >= 90 else {})))
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(k.asm['cubin']); f.flush()
+        stack = re.search(r'STACK:(\\d+)', subprocess.run([bin, '-res-usage', f.name], capture_output=True, text=True, check=True).stdout)[1]
+    return k.metadata.shared,int(stack),k.asm['ptx']
+for D,kb,vb,cap,shared in ((256, 4, 4, 90, 232448), (256, 3, 3, 90, 232448), (64, 4, 4, 89, 101376)):
+    (kg,kgb),(vg,vgb) = M._group(kb),M._group(vb)
+    W = max(M._padded(min(D, 128)), 16*max(kg, vg))
+    used,stack,ptx = compiled(M._kv_split_kernel, dict(HEADS=2, GROUP=8, D=D, W=W, PARTS=2 if D > 128 else 1, SINKS=4, RING=256, KB=kb, KGS=kg, KGB=kgb, VB=vb, VGS=vg, VGB=vgb, E=32, SPLITS=66, MASKED=False, EARLY=cap >= 90, DT=tl.bfloat16),
+        cap, 8 if W > 64 else 4, M.kv_stages(2, shared))
+    early = cap < 90 or ptx.index('griddepcontrol.wait') < ptx.index('ld.volatile.global')
+    print(D, kb, vb, cap, used <= shared, stack, 'prmt.b32' in ptx and 'mma.sync' in ptx and 'cp.async.cg.shared.global [' in ptx, early)
+_,stack,ptx = compiled(M._append_kernel, dict(HEADS=2, D=64, BD=64, SINKS=4, RING=256, PIECES=((64, 0),), NORMS=(.125,), KB=4, KGS=2, KGB=1, VB=4, VGS=2, VGB=1, CH=16, T=16, KNOWN=True, EARLY=True), 90, 4, 3, enable_fp_fusion=False)
+print(stack, 'fma.rn.f32' in ptx, 'sqrt.approx' in ptx or 'div.full' in ptx, 'sqrt.rn.f64' in ptx and 'div.rn.f32' in ptx)
+'''
+
+def test_compiled_code():
+    "Registers suffice, blocks are copied ahead, look-ups are those of the page, nothing is read too early; nothing in the encoder is fused or approximate"
+    pytest.importorskip('triton.backends.nvidia')
+    if not os.path.exists(os.path.join(os.path.dirname(triton.__file__), 'backends/nvidia/bin/cuobjdump')): pytest.skip('triton without cuobjdump')
+    env = {k:v for k,v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    r = subprocess.run([sys.executable, '-c', COMPILE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert not r.returncode, r.stderr
+    assert r.stdout.split('\n')[:4] == ['256 4 4 90 True 0 True True', '256 3 3 90 True 0 True True', '64 4 4 89 True 0 True True', '0 False False True']
+
 # --- only a GPU can tell
 
 @pytest.mark.skipif(not GPU, reason='needs a GPU')

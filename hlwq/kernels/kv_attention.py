@@ -7,8 +7,8 @@ __all__ = ['EXACT_UNIT', 'HOLD_K', 'HOLD_V', 'K2', 'K3', 'K4', 'V2', 'V3', 'V4',
            'kv_blocks_ref', 'kv_attention_ref', 'kv_units_ref', 'kv_share_ref', 'kv_units', 'kv_share', 'look_up_text',
            'look_up_words', 'hold_text', 'group_bytes', 'plane_code', 'hold_tables', 'planes_of', 'rotated', 'crossed',
            'split_planes', 'join_planes', 'side_by_side', 'load_columns', 'block_scores', 'block_values',
-           'rotated_back', 'visible', 'kv_splits', 'kv_attention', 'tree_columns', 'rotate_columns', 'nearest',
-           'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append', 'KVView',
+           'rotated_back', 'visible', 'kv_splits', 'kv_stages', 'kv_attention', 'tree_columns', 'rotate_columns',
+           'nearest', 'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append', 'KVView',
            'kv_attention_forward', 'use_kv_attention']
 
 # %% ../../nbs/31_kv_attention.ipynb #3c1a07b7
@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../../nbs/31_kv_attention.ipynb #17f0e073
+# %% ../../nbs/31_kv_attention.ipynb #897c725a
 from ..core import BITS, ConfigError, UnsupportedError, listing
-from .attention import MAX_SPLITS, combine_parts, dot16, softmax_step, store_part
+from .attention import MAX_SPLITS, _limits, combine_parts, dot16, softmax_step, store_part
 from .lanes import PTX, early_start, narrow, wait_for_predecessor
 from .layout import INTERPRETED, on_device
 from .quantize import TL_DTYPE
@@ -396,7 +396,7 @@ def _kv_combine_kernel(WS, OUT, LENGTH, LEAST, START, out_row, out_head, row_ste
     wait_for_predecessor(EARLY)
     combine_parts(WS, OUT + row*out_row + (i % (HEADS*GROUP))*out_head, i, tl.num_programs(0), tl.program_id(1)*BD, tl.minimum(units, SPLITS), GROUP, SPLITS, D, BD, PARTS, DT)
 
-# %% ../../nbs/31_kv_attention.ipynb #3b4a4220
+# %% ../../nbs/31_kv_attention.ipynb #1d6353f4
 def _padded(n): return max(16, 1 << (n - 1).bit_length())
 def _group(bits): return 8//gcd(8, bits), bits//gcd(8, bits)   # codes and bytes of a group
 
@@ -426,9 +426,6 @@ def _none_yet(device): return torch.zeros(1, dtype=torch.int64, device=device)
 @torch.inference_mode(False)
 def _zeros(rows, device): return torch.zeros(rows, dtype=torch.int64, device=device)
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device): return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
-
 def kv_splits(
     pairs:int, # rows times key heads
     units:int, # of work that there can be for each
@@ -436,6 +433,13 @@ def kv_splits(
 ) -> int: # programs for each pair
     "Chooses among how many programs the units of a head are shared: two programs for each multiprocessor, or a little less"
     return max(1, min(MAX_SPLITS, units, 2*sms//pairs if pairs <= 2*sms else 1))
+
+def kv_stages(
+    itemsize:int, # bytes of a number of the model
+    shared:int=232448, # bytes of shared memory that a program may have
+) -> int:
+    "Chooses how many blocks are under way at a time, the one that is computed included"
+    return 1 if itemsize == 4 or shared < 72 << 10 else 2 if shared < 108 << 10 else 3
 
 def _check(q, halves, length, start, least, mask, out):
     "Raises what kv_attention says it raises"
@@ -480,7 +484,8 @@ def kv_attention(
     if q.stride(2) != 1: q = q.contiguous()
     kv_heads, sinks, ring, n_blocks = k.shape[1], k.first.shape[2], k.ring.shape[2], k.blocks.n_blocks
     pairs, units = rows*kv_heads, n_blocks + ceil(sinks/EXACT_UNIT) + ceil(ring/EXACT_UNIT)
-    splits = splits or kv_splits(pairs, units, _multiprocessors(q.device))
+    sms, shared = _limits(q.device)
+    splits = splits or kv_splits(pairs, units, sms)
     if out is None: out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     ws = torch.empty(rows*heads*splits*(D + 2), dtype=torch.float32, device=q.device)
     (k_table, k_words), (v_table, v_words) = (_tables(h.blocks.bits, q.device, q.dtype) for h in halves)
@@ -493,7 +498,7 @@ def kv_attention(
         _kv_split_kernel[(pairs, splits)](q, k.first, k.ring, k.blocks.codes, k.blocks.gains, k.blocks.means, k.blocks.scales, v.first, v.ring, v.blocks.codes, v.blocks.gains,
             k_table, v_table, k_words, v_words, signs, norm, q if mask is None else mask.view(torch.uint8), length, least, start, ws,
             *q.stride()[:2], 0 if mask is None else mask.stride(0), start.stride(0), n_blocks, scale/log(2), W=W, PARTS=PARTS, KB=k.blocks.bits, KGS=kg, KGB=kgb,
-            VB=v.blocks.bits, VGS=vg, VGB=vgb, MASKED=mask is not None, num_stages=3, num_warps=8 if W > 64 else 4, **common)
+            VB=v.blocks.bits, VGS=vg, VGB=vgb, MASKED=mask is not None, num_stages=kv_stages(q.element_size(), shared), num_warps=8 if W > 64 else 4, **common)
         _kv_combine_kernel[(rows*heads, ceil(D/wide))](ws, out, length, least, start, *out.stride()[:2], start.stride(0), n_blocks, BD=wide, PARTS=n_parts, num_warps=4, **common)
     return out
 
