@@ -40,14 +40,14 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     kv_codec='core hadamard lloyd_max packing quantize',
     **{'kernels.kv_attention':'core kv_codec lloyd_max kernels.attention kernels.lanes kernels.layout kernels.quantize'},
     kv_cache='core kv_codec kernels.kv_attention',
+    cache_policy='core',
+    cache_sim='core cache_policy',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
     cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim',
-    cache_policy='core',
-    cache_sim='core cache_policy',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
