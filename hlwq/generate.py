@@ -16,10 +16,11 @@ from traceback import clear_frames
 import torch
 from fastcore.basics import patch
 
-# %% ../nbs/42_generate.ipynb #ef7970fc
+# %% ../nbs/42_generate.ipynb #228fd6ed
 from .buffers import Buffers, attention_layers, prompt_mask, static_cache, why_not
 from .core import ConfigError, HLWQPerformanceWarning, UnsupportedError, human_bytes, warn_once
 from .linear import why_no_kernels
+from .prompts import RecordedPrompts, padded_length
 from .sampling import Sampling, next_token
 from .step import DecodeStep
 
@@ -73,7 +74,7 @@ def _step(self:HLWQGenerator, b):
     b.slot.add_(1)
     self._choose(b, logits)
 
-# %% ../nbs/42_generate.ipynb #d08d2fd0
+# %% ../nbs/42_generate.ipynb #31490f69
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
     b.fused,self.no_kernels = False,''
@@ -100,6 +101,7 @@ def _follow(self:HLWQGenerator, b): # recorded steps hold addresses: they are vo
     if self.addresses == addresses(self.model): return
     if self.step is not None: self.step.join()
     if b.graphs: b.graphs.clear(); b.warm.clear()
+    if b.prompts: b.prompts.clear()
     self.addresses = addresses(self.model)
 
 def addresses(
@@ -109,15 +111,24 @@ def addresses(
     return [p.data_ptr() for p in model.parameters()]
 
 @patch
+def _padding(self:HLWQGenerator, n, more, cache): # tokens to put in front, so that prompts have few lengths
+    if self.model.device.type != 'cuda' or cache is not None or self.config._attn_implementation != 'sdpa' or why_no_kernels(self.model.device) or self._make_step(): return 0
+    pad,room = padded_length(n, self.prefill_chunk) - n,getattr(self.config, 'max_position_embeddings', None)
+    return pad if room is None or n + pad + more <= room else 0
+
+@patch
 def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last position
     positions,length = (real.cumsum(-1)-1).clamp_(min=0),ids.shape[1]
     padded = not real.all()
     for i in range(start, length, self.prefill_chunk):
         j = min(i+self.prefill_chunk, length)
         b.show(j if b.own else b.capacity)
-        ours = b.fused and self.config._attn_implementation == 'sdpa'
-        mask = None if ours and i == 0 and not padded else prompt_mask(real, i, j, b.width)    # without one, attention is causal and faster
-        logits = (self.step.read if ours else self._logits)(b, ids[:, i:j], positions[:, i:j], mask, real[:, i:j] if padded else None)
+        now = ids[:, i:j],positions[:, i:j],real[:, :j]
+        if not (b.fused and self.config._attn_implementation == 'sdpa'): logits = self._logits(b, *now[:2], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
+        else:
+            if b.prompts is None: b.prompts = RecordedPrompts(self.step.read)
+            logits = b.prompts(b, i, padded, *now, record=self.use_graphs and b.own)
+            if b.prompts.seconds: self.capture_seconds = (self.capture_seconds or 0) + b.prompts.seconds
     return logits
 
 # %% ../nbs/42_generate.ipynb #69cfc401
@@ -293,7 +304,7 @@ def _cached(cache, rows, needed, length): # tokens that a given cache holds
     if used >= length: raise ConfigError(f"cache: holds {used:,} tokens, need fewer than the {length:,} of input_ids; pass the whole text, or cache.reset()")
     return used
 
-# %% ../nbs/42_generate.ipynb #7478cb35
+# %% ../nbs/42_generate.ipynb #59473e13
 @patch
 def _loop(self:HLWQGenerator, b, ids, real, start, max_new_tokens, stop, tokenizer, streamer, clock):
     n,every = ids.shape[1],1 if b.device.type != 'cuda' or stop or streamer or not b.own else 8
@@ -320,6 +331,8 @@ def _buffers(self:HLWQGenerator, rows, needed, cache):
     return self.buffers
 @patch
 def _continue(self:HLWQGenerator, ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock): # ids, how many are new, what computed them, whether interrupted
+    given,pad = ids,self._padding(ids.shape[1], max_new_tokens, cache)
+    if pad: ids,real = torch.nn.functional.pad(ids, (pad, 0), value=self.pad),torch.nn.functional.pad(real, (pad, 0))
     (rows,length),interrupted,self.replayed = ids.shape,False,False
     needed = length+max_new_tokens-1                           # the last token is not read
     used = _cached(cache, rows, needed, length) if cache is not None else 0
@@ -328,12 +341,12 @@ def _continue(self:HLWQGenerator, ids, real, max_new_tokens, stop, tokenizer, st
     b.fill(ids, real, seed, None if self.how.repetition_penalty is None else self.config.vocab_size)
     self._choose_step(b)
     try:
-        if streamer: streamer.put(ids.cpu())
+        if streamer: streamer.put(given.cpu())
         self._loop(b, ids, real, used, max_new_tokens, stop, tokenizer, streamer, clock)
     except KeyboardInterrupt: interrupted = True
     if streamer: streamer.end()
     step = ('kernels' if b.fused else 'transformers') + ', recorded'*self.replayed
-    return b.tokens[:, :length+int(b.length.max())].clone(),int(b.length.sum()),step,interrupted
+    return b.tokens[:, pad:length+int(b.length.max())].clone(),int(b.length.sum()),step,interrupted
 
 # %% ../nbs/42_generate.ipynb #8f9e1712
 class _Tap: # a streamer that notes when the first token came

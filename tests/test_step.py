@@ -191,6 +191,27 @@ def test_recorded_is_eager(kind, kernels, dtype, monkeypatch):
     for tokens,logits in res[1:]: assert torch.equal(tokens, res[0][0]) and torch.equal(logits, res[0][1])
 
 @pytest.mark.skipif(not GPU, reason='needs a GPU')
+@pytest.mark.parametrize('kind', ('llama', 'qwen3_moe', 'qwen3_5_moe_text', TINY))
+def test_recorded_prompts(kind, monkeypatch):
+    "Read, recorded and replayed give the same bits; in between come prompts of other lengths"
+    seen,prefill = [],HLWQGenerator._prefill
+    def noting(self, *args):
+        logits = prefill(self, *args)
+        seen.append(logits.clone())
+        return logits
+    monkeypatch.setattr(HLWQGenerator, '_prefill', noting)
+    model = copy.deepcopy(model_of(kind)).to(device, torch.bfloat16)
+    plain,recorded = HLWQGenerator(model, prefill_chunk=48, use_graphs=False),HLWQGenerator(model, prefill_chunk=48)
+    vocab = model.config.get_text_config().vocab_size
+    texts = [torch.randint(0, vocab, (2, n), device=device, generator=torch.Generator(device).manual_seed(i)) for i,n in enumerate((16, 40, 13, 60, 38, 16, 15, 58, 37))]
+    for i,ids in enumerate([*texts, *texts]):
+        mask = torch.ones_like(ids)
+        if i % 2: mask[0, :3] = 0
+        (a, x),(b, y) = ((g(ids, 12, attention_mask=mask, eos_token_id=[]), seen.pop()) for g in (plain, recorded))
+        assert torch.equal(a, b) and torch.equal(x, y) and torch.equal(a[:, :ids.shape[1]], ids) and x.isfinite().all()
+    assert any(isinstance(o, tuple) for o in recorded.buffers.prompts.kept.values()) and recorded.buffers.prompts.replayed and not plain.buffers.prompts.kept
+
+@pytest.mark.skipif(not GPU, reason='needs a GPU')
 def test_recorded_draws_follow_the_seed():
     model = copy.deepcopy(model_of('llama')).to(device)
     ids,mask = (o.to(device) for o in prompt(model, 2, True))
