@@ -26,6 +26,7 @@ _modules = dict(
     load='load_model',
     generate='generate HLWQGenerator GenerationReport',
     evaluate='perplexity kl_divergence compare',
+    export_ct='export_compressed_tensors plan_export ExportPlan',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}
 __all__ = list(_homes)
