@@ -61,7 +61,7 @@ def search_scales(
         for f in (centre - step, centre + step): trial(f)
     return _bounded(unit*gain).bfloat16()
 
-# %% ../nbs/49_groups.ipynb #abb8651b
+# %% ../nbs/49_groups.ipynb #dfce1dc2
 WIDTHS = (4, 8)
 SETTINGS = dict(type='int', symmetric=True, strategy='group', group_size=GROUP, dynamic=False)     # of all weights that are written
 
@@ -105,7 +105,7 @@ def encode_groups(
     (rows, width), scheme, compressor = w.shape, ct_scheme(bits), _library()[0]
     packed = torch.empty(rows, width*bits//32, dtype=torch.int32, device=w.device)
     scales = torch.empty(rows, width//GROUP, dtype=torch.bfloat16, device=w.device)
-    most = (1 << 18 if w.device.type == 'cpu' else 1 << 24)//width               # rows at a time: a megabyte of float32, which stays in a cache
+    most = (1 << 19 if w.device.type == 'cpu' else 1 << 24)//width               # rows at a time: two megabytes of float32; less, and threads wait for Python, more, and for memory
     step = max(1, min(most, ceil(rows/(workers or torch.get_num_threads()))))
     def work(a, b):
         x = w[a:b].float().contiguous()
