@@ -17,16 +17,16 @@ from torch import Tensor
 from .core import BLOCK_SIZE, ConfigError, NonFiniteError, UnsupportedError
 from .quantize import _in_threads, tree_sum
 
-# %% ../nbs/49_groups.ipynb #a9f117cc
+# %% ../nbs/49_groups.ipynb #fde867a2
 GROUP = BLOCK_SIZE                                             # weights that share a scale
-FACTORS = {4: (.65, .75, .85, .95, 1.05), 8: (.9, .925, .95, .975, 1.)}     # trial scales, in units of the one that just covers the largest weight
+FACTORS = {4: (.65, .75, .85, .95, 8/7.5), 8: (.9, .925, .95, .975, 128/127.5)}       # trial scales, in units of max|w|/8 or /128; the last covers the largest weight
 STEPS = {4: (.05, .025), 8: (.0125, .006)}                     # distances to the best so far, tried on both sides
 
 def _fit(t, q, z, factor, top):
     "Rounds at a trial scale: the energy that the codes can hold, and the gain at which they hold it"
     torch.mul(t, factor.reciprocal(), out=q).round_().clamp_(-top, top-1)
     dot = tree_sum(torch.mul(t, q, out=z))
-    gain = dot/tree_sum(q.mul_(q)).clamp_min_(1)
+    gain = dot/q.square_().sum(0).clamp_min_(1)                # whole numbers: their sum is exact in any order
     return dot*gain, gain
 
 def _bounded(scale, least=2.**-126):
