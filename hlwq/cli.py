@@ -254,7 +254,7 @@ _RESUMES.add('export-ct')
 def _export_ct(src:Src, out:Annotated[Optional[str], typer.Argument(metavar='OUT', help='The folder to make. It appears when it is complete. Not needed with --dry-run.', show_default=False)]=None,
                bits:Annotated[str, typer.Option('--bits', metavar='N', help='Bits a weight: 4 or 8.')]='4', recipe:RecipeFile=None,
                signed:Annotated[bool, typer.Option('--signed', help='Allow negative scales: 4 % less error, but not every server may expect them.')]=False,
-               device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0. The result is the same.')]='auto',
+               device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto',
                max_shard_size:Annotated[str, typer.Option(metavar='SIZE', help='Largest file, such as 5GB or 500MB.')]='5GB', min_coverage:Coverage=0.9, overwrite:Overwrite=False,
                no_resume:Annotated[bool, typer.Option('--no-resume', help='Start over, even if an unfinished OUT.partial could be used.')]=False,
                dry_run:Annotated[bool, typer.Option('--dry-run', help='Say what would be written, and write nothing.')]=False, as_json:Json=False, quiet:Quiet=False):

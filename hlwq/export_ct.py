@@ -57,7 +57,7 @@ def entries(
     k, o, i = unit.key, unit.out, unit.width
     return [(f'{k}.weight_shape', 'I64', (2,)), (f'{k}.weight_packed', 'I32', (o, i*unit.bits//32)), (f'{k}.weight_scale', 'BF16', (o, i//GROUP))]
 
-# %% ../nbs/50_export_ct.ipynb #9a55fbb7
+# %% ../nbs/50_export_ct.ipynb #60c584da
 FUSED = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'), ('w1', 'w3'), ('in_proj_qkv', 'in_proj_z'), ('q_a_proj', 'kv_a_proj_with_mqa'))
 
 def _check_pieces(pieces):
@@ -79,7 +79,7 @@ def _check_fused(rows, pieces):
     for parent, have in widths.items():
         for family in FUSED: _one_width(parent, {k:have[k] for k in family if k in have})
     experts = {p.key:p.bits for p in pieces if _EXPERT.search(p.key)}
-    kept = [r.name for r in rows if r.action == 'keep' and len(r.shape) > 1 and _EXPERT.search(r.name) and not _tower(r.name)]
+    kept = [r.name for r in rows if r.action == 'keep' and len(r.shape) > 1 and _EXPERT.search(r.name) and r.rule.split(',')[0] not in _TOWERS]
     bias = [n for n in kept if n.endswith('bias')]
     if kept and not experts: warn_once(f"{listing(kept)}: experts in 16 bits beside quantized layers; vLLM reads that, transformers 5.24 does not", HLWQWarning)
     if bias and experts: raise UnsupportedError(f"{listing(bias)}: experts with a bias, need plain matrices; servers want these in a layout of their own, use hlwq quantize")
@@ -99,7 +99,7 @@ def _tower(name):
 
 _TOWERS = ('vision', 'audio', 'projector', 'multi-token prediction')
 
-# %% ../nbs/50_export_ct.ipynb #83bf7ff9
+# %% ../nbs/50_export_ct.ipynb #e27630cf
 _PREFIX = re.compile(r'^(model\.|language_model\.|transformer\.|text_model\.|backbone\.)*')
 
 def _patterns(name):
@@ -114,14 +114,13 @@ def name_patterns(
     others, # names of modules that must not be hit
 ) -> list: # regular expressions, to be matched from the beginning
     "Describes modules by patterns that fit under any prefix, with as few exact numbers as the others allow"
-    kinds, res = {}, {}                                        # kinds: name with zeros for numbers -> the names
-    for n in others: kinds.setdefault(re.sub(r'\d+', '0', n), []).append(n)
+    kinds, res = {}, {}                                        # kinds: name with 0 for each number -> the names
+    for n in others: kinds.setdefault(re.sub(r'(?<=\.)\d+(?=\.|$)', '0', n), []).append(n)
     for name in names:
-        for p in _patterns(name):
-            near = [n for v in kinds.values() if re.match(re.sub(r'(?<=\.)\d+(?=\\)', r'\\d+', p), v[0]) for n in v]
-            if p in res or not any(re.match(p, n) for n in near): break
-        else: continue
-        res[p] = None
+        patterns = _patterns(name)
+        near = [n for v in kinds.values() if re.match(patterns[0], v[0]) for n in v]
+        found = next((p for p in patterns if not any(re.match(p, n) for n in near)), None)
+        if found: res[found] = None
     return list(res)
 
 def _module(row):
@@ -151,7 +150,7 @@ def ct_config(
     for g in d['config_groups'].values(): g['weights'] = {k:v for k,v in g['weights'].items() if k in ('num_bits', *SETTINGS)}     # what a version of the library adds, another may not know
     return dict(quant_method='compressed-tensors', version=version, sparsity_config={}, transform_config={}, **d)
 
-# %% ../nbs/50_export_ct.ipynb #ed04c536
+# %% ../nbs/50_export_ct.ipynb #6848287c
 @dataclass
 class ExportPlan:
     "What an export writes: the matrices, the tensors that are kept, the config"
@@ -212,7 +211,9 @@ def plan_export(
 
     Raises ConfigError, CheckpointError or UnsupportedError for anything that could not be exported."""
     check_width(bits)
-    return _planned(_open(src, False), bits, recipe, min_coverage)
+    weights = _open(src, False)
+    try: return _planned(weights, bits, recipe, min_coverage)
+    finally: weights.close()
 
 # %% ../nbs/50_export_ct.ipynb #4262bf53
 class _Plain:

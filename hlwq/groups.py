@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import BLOCK_SIZE, ConfigError, NonFiniteError, UnsupportedError
 from .quantize import _in_threads, tree_sum
 
-# %% ../nbs/49_groups.ipynb #fde867a2
+# %% ../nbs/49_groups.ipynb #9acd3402
 GROUP = BLOCK_SIZE                                             # weights that share a scale
 FACTORS = {4: (.65, .75, .85, .95, 8/7.5), 8: (.9, .925, .95, .975, 128/127.5)}       # trial scales, in units of max|w|/8 or /128; the last covers the largest weight
 STEPS = {4: (.05, .025), 8: (.0125, .006)}                     # distances to the best so far, tried on both sides
@@ -40,7 +40,7 @@ def search_scales(
 ) -> Tensor: # (n,) bfloat16
     """Finds the scale of each group that leaves the least squared error, by nine trials and least squares.
 
-    All steps have a fixed order, so the bits of the result do not depend on the device. Raises NonFiniteError if a weight is NaN or infinite."""
+    All steps have a fixed order, so the result for a group does not depend on the others. Raises NonFiniteError if a weight is NaN or infinite."""
     n, top = len(groups), 2**(bits-1)
     t = torch.empty(GROUP, n, dtype=torch.float32, device=groups.device).copy_(groups.t())
     low, high = t.aminmax(dim=0)

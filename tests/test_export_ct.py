@@ -220,6 +220,23 @@ def test_towers_and_draft_layers_are_ignored_whole():
     for n in (*names, 'visual.blocks.26.mlp.gate_up_proj', 'mtp.layers.0.mlp.experts.3.up_proj', 'language_model.model.layers.9.mlp.experts.0.down_proj'): assert hit(n), n
     for n in ('model.layers.0.self_attn.q_proj', 'model.layers.1.self_attn.o_proj', 'model.layers.0.mlp.shared_expert.up_proj', 'model.layers.12.self_attn.o_proj'): assert not hit(n), n
 
+def test_patterns_hit_nothing_quantized():
+    "Names that differ in a letter and a digit, numbers at the end, and draft layers with a number too high"
+    quantized = [f'model.layers.{i}.mlp.experts.{e}.{w}' for i in range(3) for e in range(2) for w in ('w1','w2','w3')] + ['model.stem.0', 'model.stem.1', 'model.layers.0.mlp.w3']
+    kept = ['model.layers.1.mlp.w3', 'model.stem.3', 'model.layers.3.mlp.experts.0.w1', 'model.layers.0.mlp.experts.1.w4']
+    found = name_patterns(kept, quantized)
+    for n in kept: assert any(re.match(o, n) for o in found), n
+    for n in quantized: assert not any(re.match(o, n) for o in found), n
+
+def test_draft_layers_behind_the_last(tmp_path):
+    "DeepSeek and GLM store them as layers with a number too high: kept, ignored, and no mixture of widths"
+    t = toy(3, 256, 256, 2)
+    t = {k:v for k,v in t.items() if not k.startswith('model.layers.2.mlp.experts')} | {f'model.layers.2.mlp.experts.{e}.{n}_proj.weight':gaussian(256, 256) for e in range(2) for n in ('gate','up','down')}
+    p = plan_export(write_model(tmp_path/'m', t, config=CONFIG | dict(num_nextn_predict_layers=1)))
+    ignored = [o for o in p.config['ignore'] if o.startswith('re:')]
+    assert {q.key.split('.')[2] for q in p.pieces} == {'0','1'}
+    for n in ('self_attn.q_proj', 'mlp.experts.1.gate_proj'): assert any(match_name(f'model.layers.2.{n}', o) for o in ignored) and not any(match_name(f'model.layers.1.{n}', o) for o in ignored)
+
 # --- planning
 
 def test_plan_of_the_seed(tmp_path):
