@@ -46,7 +46,7 @@ test: $(READY) $(OLDEST)/.ready
 	@echo '== notebooks: every cell'
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	@echo '== tests of packed models, with the oldest transformers'
-	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_load_model.py -q
+	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_load_model.py tests/test_kv_cache.py -q
 	@echo '== tests'
 	@$(BIN)/python -m pytest tests -q
 

@@ -54,7 +54,24 @@ def main():
         row('8 experts, gate_up, SiLU and down, 5 bits, in units of the bare bfloat16 products', '2.0x', f"{layer['ratio_bmm']:.2f}x (with SiLU and sum on both sides {layer['ratio']:.2f}x)", layer['ratio_bmm'] >= 2, 'kernels'),
         ratios('8 rows, 5 bits, 4096 x 4096, 14336 x 4096', [big[0], wide], 5, 8, (1.2, 1.2)), ratios('16 rows, 5 bits, 4096 x 4096, 14336 x 4096', [big[0], wide], 5, 16, (1.2, 1.2)),
         row('512, 2048, 4096 rows, 5 bits, 4096 x 4096, in units of bfloat16', '0.75x, 0.90x, 0.95x', ', '.join(f"{one[4096, 4096, 5, m]['ratio']:.2f}x" for m in (512, 2048, 4096)), all(one[4096, 4096, 5, m]['ratio'] >= t for m,t in ((512, .75), (2048, .9), (4096, .95))), 'kernels')]
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda') and not f.stem.startswith('packed-')]
+    dec = {(r['model'], r['bits'], r['way'], r['rows'], r['context']):r for part in result('decode')['parts'].values() for r in part['rows']}
+    q36, llama = 'Qwen3.6-35B-A3B', 'Llama-3.1-8B'
+    def speed_of(what, key, least): return row(what, f'{least} tokens/s', f"{dec[key]['tokens_per_second']:.0f} tokens/s", dec[key]['tokens_per_second'] >= least, 'decode')
+    ours, theirs, first = dec[llama, 5, 'kernels', 1, 128], dec[llama, None, 'graph', 1, 128], dec[q36, 5, 'kernels', 1, 2048]
+    slowest = max(r['capture_seconds'] for r in dec.values() if r['capture_seconds'])
+    rows += [
+        speed_of(f"{q36}, 5 bits, one text (eager bfloat16 {dec[q36, None, 'eager', 1, 128]['tokens_per_second']:.1f}, the same step recorded {dec[q36, None, 'graph', 1, 128]['tokens_per_second']:.0f})", (q36, 5, 'kernels', 1, 128), 200),
+        speed_of('the same in bfloat16, by the kernels', (q36, None, 'kernels', 1, 128), 140),
+        row(f'{llama}, 5 bits, in units of the step of transformers recorded in bfloat16', '2.0x', f"{theirs['ms']/ours['ms']:.2f}x ({ours['tokens_per_second']:.0f} tokens/s)", theirs['ms'] >= 2*ours['ms'], 'decode'),
+        row(f'{q36}, first token after 2,048', 'at most 120 ms', f"{first['first_ms']:.0f} ms with 5 bits, {dec[q36, None, 'kernels', 1, 2048]['first_ms']:.0f} ms with bfloat16 weights", first['first_ms'] <= 120, 'decode'),
+        row('recording a step', 'at most 5 s', f'at most {slowest:.2f} s', slowest <= 5, 'decode')]
+    kv = result('kv-quality')
+    for model,outliers in dict.fromkeys((o['model'], o['outliers']) for o in kv['targets']):
+        got = [o for o in kv['targets'] if (o['model'], o['outliers']) == (model, outliers)]
+        rows.append(row(f"KV cache, {model}{', outliers in the keys' if outliers else ''}: KL from the exact cache with {', '.join(o['what'] for o in got)}", 'at most ' + ', '.join(f"{o['target']:g}" for o in got), ', '.join(f"{o['kl']:.4f}" for o in got), all(o['reached'] for o in got), 'kv-quality'))
+    full = {m['cache']:m['nbytes']/1e9 for m in kv['memory'] if m['tokens'] == 262_144}
+    rows.append(row('KV cache, 10 layers x 2 heads x 256 at 262,144 tokens (5.37 GB in bfloat16): K4V4, K2V2', 'at most 1.45 GB, 0.80 GB', f"{full['K4V4']:.2f} GB, {full['K2V2']:.2f} GB", full['K4V4'] <= 1.45 and full['K2V2'] <= .8, 'kv-quality'))
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'decode') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -24,7 +24,10 @@ _modules = dict(
     packed_model='hlwq_report',
     hf='HLWQConfig HLWQQuantizer',
     load='load_model',
+    kv_cache='HLWQCache',
     generate='generate HLWQGenerator GenerationReport',
+    cache_policy='ExpertTable',
+    cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
     export_ct='export_compressed_tensors plan_export ExportPlan',
 )

@@ -81,7 +81,7 @@ def prompt_mask(
     keys = torch.nn.functional.pad(real[:, :width], (0, max(0, width-real.shape[1])))
     return ((k <= q) & keys[:, None] | (k == q))[:, None]
 
-# %% ../nbs/24a_buffers.ipynb #15c59701
+# %% ../nbs/24a_buffers.ipynb #43496d6c
 class Buffers:
     "What keeps its address from one decode step to the next"
     def __init__(self, model, batch, capacity, cache=None):
@@ -93,7 +93,7 @@ class Buffers:
         self.start,self.count = zeros(batch),zeros(1)                              # first key that is no padding, keys with the new one
         self.tokens = zeros(batch, capacity+1)                                     # prompt and what came after
         self.visible = zeros(batch, 1, 1, capacity, dtype=torch.bool)              # keys that the next query may see
-        self.generator,self.seen,self.rope = torch.Generator(self.device),None,None
+        self.generator,self.seen,self.rope,self.fused = torch.Generator(self.device),None,None,False
         self.ends,self.graphs,self.warm,self.width = {},{},{},capacity             # by what they depend on: eos tensors, recorded steps, steps before recording
 
     def fits(self,

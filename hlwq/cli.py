@@ -318,59 +318,172 @@ def _show_comparison(c, screen, before, after):
                  ('quantized', human_bytes(after), str(c.ppl_b), str(c.ratio), str(c.kl), f'{100*c.top1:.2f} ± {100*c.top1.error:.2f}')])
     screen.say(f'{c.n_tokens:,} tokens in {c.n_windows} windows; ± is one standard error. Ratio, KL and top-1 compare the same text, so their errors are small.')
 
+# %% ../nbs/90_cli.ipynb #7a41d9be
+def _sampling(max_new_tokens, temperature, narrower, penalty, stop, prefill_chunk):
+    "What a generator gets, refused here if it cannot be meant: before anything is loaded"
+    from hlwq.core import ConfigError
+    from hlwq.sampling import Sampling
+    if max_new_tokens < 1: raise ConfigError(f"max-new-tokens: {max_new_tokens}, need at least 1; leave it out for 128")
+    if prefill_chunk < 1: raise ConfigError(f"prefill-chunk: {prefill_chunk}, need at least 1; leave it out for 2048")
+    if temperature < 0: raise ConfigError(f"temperature: {temperature}, need 0 or more; 0 takes the most probable token")
+    if not all(stop or ()): raise ConfigError("stop: an empty text, need one that can be found; leave --stop out to go on until the model ends")
+    for k,v in narrower.items() if not temperature else ():
+        if v is not None: raise ConfigError(f"{k.replace('_', '-')}: {v} at temperature 0, need a temperature above 0 for it to matter; add --temperature 0.8, or leave it out")
+    how = dict(do_sample=temperature != 0, temperature=temperature or None, **narrower, repetition_penalty=penalty)
+    Sampling(**how)
+    return how
+
+def _prompt_ids(folder, tokenizer, prompt, chat):
+    "Tokens of the prompt, (1, length)"
+    from hlwq.core import ConfigError
+    if chat and not tokenizer.chat_template: raise ConfigError(f"{folder}: no chat template, need one for --chat; leave --chat out")
+    text = tokenizer.apply_chat_template([dict(role='user', content=prompt)], tokenize=False, add_generation_prompt=True) if chat else prompt
+    ids = tokenizer(text, return_tensors='pt', add_special_tokens=not chat).input_ids
+    if not ids.numel(): raise ConfigError(f"prompt: no token in {prompt!r}, need at least one; write something to begin with")
+    return ids
+
+def _told(r, backends):
+    "How fast it was, and what computed it"
+    speed = lambda v: '' if v is None else f' at {v:,.1f} tokens/s'
+    why = f' because {r.fallback}' if r.fallback else f' (no kernels: {r.no_kernels})' if r.no_kernels else ''
+    recording = '' if r.capture_seconds is None else f', of which {r.capture_seconds:.1f} s were recording'
+    return (f'{r.prompt_tokens:,} tokens read{speed(r.prompt_tokens_per_second)}, the first new one after {1e3*r.first_seconds:,.0f} ms, {r.new_tokens:,} written{speed(r.decode_tokens_per_second)}{recording}; '
+        f"step: {r.step}{why}; weights: {', '.join(backends)}")
+
 # %% ../nbs/90_cli.ipynb #4343f602
 @app.command('generate', epilog='Example: hlwq generate path/to/model-Q5 --prompt "It was a dark and stormy night;"')
 def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar='TEXT', help='Where to begin.', show_default=False)],
               max_new_tokens:Annotated[int, typer.Option(metavar='N', help='Tokens to add, at most.')]=128,
               temperature:Annotated[float, typer.Option(metavar='T', help='0 for the most probable token each time; higher for more surprise.')]=0.,
+              top_k:Annotated[Optional[int], typer.Option(metavar='N', help='Draw among the N most probable tokens.', show_default=False)]=None,
+              top_p:Annotated[Optional[float], typer.Option(metavar='P', help='Draw among the most probable tokens that have probability P together.', show_default=False)]=None,
+              min_p:Annotated[Optional[float], typer.Option(metavar='P', help='Leave out tokens less than P times as probable as the most probable one.', show_default=False)]=None,
+              repetition_penalty:Annotated[Optional[float], typer.Option(metavar='X', help='Above 1: tokens that occurred become less probable.', show_default=False)]=None,
+              stop:Annotated[Optional[List[str]], typer.Option('--stop', metavar='TEXT', help='Stop after this text; may be given several times.', show_default=False)]=None,
               chat:Annotated[bool, typer.Option('--chat', help='Put the prompt into the chat template of the model.')]=False,
               seed:Annotated[int, typer.Option(metavar='N', help='Same seed, same text.')]=0,
+              prefill_chunk:Annotated[int, typer.Option(metavar='N', help='Tokens of the prompt that are read at a time; fewer need less memory.')]=2048,
               codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto', as_json:Json=False, quiet:Quiet=False):
     """Continues a text with a quantized model, on packed weights.
 
-    Prints the text as it comes; tokens a second go to the standard error."""
-    import time, torch, transformers
+    Prints the text as it comes; how fast that was, and what computed it, goes to the standard error."""
+    import torch, transformers
     from hlwq.convert import pick_device
-    from hlwq.core import ConfigError
     from hlwq.demo import load_tokenizer, silence
+    from hlwq.generate import HLWQGenerator
     from hlwq.load import load_model
-    if max_new_tokens < 1: raise ConfigError(f"max-new-tokens: {max_new_tokens}, need at least 1; leave it out for 128")
-    if temperature < 0: raise ConfigError(f"temperature: {temperature}, need 0 or more; 0 takes the most probable token")
+    how = _sampling(max_new_tokens, temperature, dict(top_k=top_k, top_p=top_p, min_p=min_p), repetition_penalty, stop, prefill_chunk)
     screen, place = Screen(as_json, quiet), pick_device(device)
     silence()
-    with stage(screen, 'loading'): tokenizer, model = load_tokenizer(folder), load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto')
-    if chat and not tokenizer.chat_template: raise ConfigError(f"{folder}: no chat template, need one for --chat; leave --chat out")
-    text = tokenizer.apply_chat_template([dict(role='user', content=prompt)], tokenize=False, add_generation_prompt=True) if chat else prompt
-    ids = tokenizer(text, return_tensors='pt', add_special_tokens=not chat).to(model.device)
-    how = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    torch.manual_seed(seed)
-    start = time.perf_counter()
-    out = model.generate(**ids, **how, max_new_tokens=max_new_tokens, streamer=None if as_json or quiet else transformers.TextStreamer(tokenizer, skip_special_tokens=True),
-                         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    n, seconds = out.shape[1] - ids['input_ids'].shape[1], time.perf_counter() - start
-    screen.remark(f'{n} tokens in {seconds:.1f} s, {n/seconds:.1f} a second; {", ".join(model.hlwq_report().backends)}')
-    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, -n:], skip_special_tokens=True), tokens=n, seconds=seconds, tokens_per_second=n/seconds))
+    with stage(screen, 'loading'):
+        tokenizer = load_tokenizer(folder)
+        ids = _prompt_ids(folder, tokenizer, prompt, chat)
+        model = load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto')
+    g = HLWQGenerator(model, prefill_chunk)
+    out = g(ids, max_new_tokens, **how, seed=seed, stop=stop, tokenizer=tokenizer, streamer=None if as_json or quiet else transformers.TextStreamer(tokenizer, skip_special_tokens=True))
+    screen.remark(_told(g.report, model.hlwq_report().backends))
+    r, seconds = g.report, g.report.first_seconds + g.report.decode_seconds
+    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), tokens=r.new_tokens, seconds=seconds, tokens_per_second=r.new_tokens/seconds, report=r.to_json()))
+    if r.interrupted:
+        sys.stdout.flush()
+        raise KeyboardInterrupt
 
 # %% ../nbs/90_cli.ipynb #effe8f37
-@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize')
-def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize', help='Products with packed weights, or quantizing.', show_default=False)],
-           bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them.', show_default=False)]=None,
-           shape:Annotated[Optional[List[str]], typer.Option('--shape', metavar='OUTxIN', help='Rows x columns of a matrix; may be given several times.', show_default=False)]=None,
-           rows:Annotated[Optional[str], typer.Option('--rows', metavar='N,...', help='Rows that are multiplied at a time: 1 is one token.', show_default=False)]=None,
-           json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None, quiet:Quiet=False):
-    """Measures the GPU kernels next to bfloat16, int4 and NF4, each compared with a reference first.
+_BENCH = dict(kernels=('bits', 'shape', 'rows'), quantize=('bits', 'shape', 'rows'), decode=('model', 'bits', 'rows', 'context', 'new', 'layers'))
 
-    Needs an NVIDIA GPU and triton. Without options a selection of shapes, widths and rows, and experts; it takes some minutes."""
-    from hlwq.bench import parse_bits, parse_numbers, parse_shapes, run_bench
-    screen = Screen(quiet=quiet)
+@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16')
+def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode', help='Products with packed weights, quantizing, or whole models that write.', show_default=False)],
+           bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them; for decode bf16 too.', show_default=False)]=None,
+           shape:Annotated[Optional[List[str]], typer.Option('--shape', metavar='OUTxIN', help='Rows x columns of a matrix; may be given several times.', show_default=False)]=None,
+           rows:Annotated[Optional[str], typer.Option('--rows', metavar='N,...', help='Rows that are multiplied at a time, 1 is one token; for decode, texts at once.', show_default=False)]=None,
+           model:Annotated[Optional[str], typer.Option('--model', metavar='NAME,...', help='decode: models, by the beginning of their names, such as qwen3.6.', show_default=False)]=None,
+           context:Annotated[Optional[str], typer.Option('--context', metavar='N,...', help='decode: tokens of the prompt, 128 without it.', show_default=False)]=None,
+           new:Annotated[Optional[int], typer.Option('--new', metavar='N', help='decode: tokens to write, 128 without it.', show_default=False)]=None,
+           layers:Annotated[Optional[int], typer.Option('--layers', metavar='N', help='decode: fewer layers than the model has, to try it out.', show_default=False)]=None,
+           json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None, quiet:Quiet=False):
+    """Measures the GPU kernels next to bfloat16, int4 and NF4, each compared with a reference first; or how fast whole models write.
+
+    Needs an NVIDIA GPU and triton. Without options a selection of shapes, widths and rows, and experts; or Qwen3.6-35B-A3B with random weights, at 5 and 4 bits and in bfloat16. It takes some minutes."""
+    screen, given = Screen(quiet=quiet), dict(model=model, bits=bits, shape=shape, rows=rows, context=context, new=new, layers=layers)
+    _fitting(what, given)
     if json_file: _can_be_written(Path(json_file))             # before some minutes of work
-    asked = dict(shapes=parse_shapes(shape) if shape else None, bits=parse_bits(bits) if bits else None, rows=parse_numbers(rows) if rows else None)
-    words = ['hlwq', 'bench', what, *(w for k,v in (('--bits', bits), *(('--shape', s) for s in shape or ()), ('--rows', rows)) if v for w in (k, v))]
-    found = run_bench(what, shlex.join(words), **asked, progress=screen.progress)
+    words = ['hlwq', 'bench', what, *(w for k,v in given.items() for o in (v if isinstance(v, list) else [v]) if o is not None for w in (f'--{k}', str(o)))]
+    found = (_bench_decode if what == 'decode' else _bench_kernels)(what, shlex.join(words), screen, **{k:given[k] for k in _BENCH[what]})
     for head,lines in found.tables(): screen.table(head, lines)
     for note in found.notes(): screen.say(note)
     if json_file: Path(json_file).write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
+def _fitting(what, given):
+    "Refuses options that the measurement does not have"
+    from hlwq.core import ConfigError
+    if what not in _BENCH: raise ConfigError(f"bench: {what!r}, need kernels, quantize or decode; see hlwq bench --help")
+    wrong = [f'--{k}' for k,v in given.items() if v is not None and v != [] and k not in _BENCH[what]]
+    if wrong: raise ConfigError(f"bench {what}: {', '.join(wrong)} given, need none but {', '.join(f'--{k}' for k in _BENCH[what])} here; see hlwq bench --help")
+
+def _bench_kernels(what, command, screen, bits, shape, rows):
+    from hlwq.bench import parse_bits, parse_numbers, parse_shapes, run_bench
+    return run_bench(what, command, shapes=parse_shapes(shape) if shape else None, bits=parse_bits(bits) if bits else None, rows=parse_numbers(rows) if rows else None, progress=screen.progress)
+
+def _bench_decode(what, command, screen, model, bits, rows, context, new, layers):
+    from hlwq.bench import parse_numbers
+    from hlwq.bench_decode import decode_table, parse_weights, run_decode
+    numbers = {k:parse_numbers(v, o) for k,v,o in (('rows', rows, 'rows'), ('contexts', context, 'context')) if v is not None}
+    asked = dict(names=None if model is None else model.split(','), bits=None if bits is None else parse_weights(bits), new=new, layers=layers)
+    return run_decode(command, **numbers, **{k:v for k,v in asked.items() if v is not None}, progress=lambda row: screen.remark('  '.join(decode_table([row])[1][0])))
+
 def _can_be_written(path):
     from hlwq.core import ConfigError
     if path.is_dir() or not path.resolve().parent.is_dir(): raise ConfigError(f"{path}: cannot be written, need a file in a folder that exists; make the folder or choose another name")
+
+# %% ../nbs/90_cli.ipynb #0f0f8454
+@app.command('cache-sim', epilog='Example: hlwq cache-sim routing.safetensors --slots 8,16,32,64 --policy lru,lfu,belady --figure hits.png')
+def _cache_sim(trace:Annotated[str, typer.Argument(metavar='TRACE', help='A recording that RoutingTrace.save has written (record_routing), .safetensors or .npy.', show_default=False)],
+               slots:Annotated[Optional[str], typer.Option('--slots', metavar='N,...', help='Experts of a layer that fit. Without it the experts of a token, and twice as many until all fit.', show_default=False)]=None,
+               policy:Annotated[str, typer.Option('--policy', metavar='NAME,...', help='lru, lfu, lfru, pinned, random, and belady, which knows the future.')]='lru,lfu,lfru,random,belady',
+               profile:Annotated[Optional[str], typer.Option('--profile', metavar='TRACE', help='A recording of other text, from which pinned takes its experts.', show_default=False)]=None,
+               expert_bytes:Annotated[Optional[str], typer.Option('--expert-bytes', metavar='SIZE', help='Size of an expert, such as 2MB. Without it what the recorded model had.', show_default=False)]=None,
+               link:Annotated[str, typer.Option('--link', metavar='SIZE', help='Bytes a second from host to GPU: about 25GB for PCIe 4 x16, 50GB for PCIe 5.')]='25GB',
+               resident_ms:Annotated[float, typer.Option('--resident-ms', metavar='MS', help='Milliseconds for a token if all experts are there: an assumption, until you measure it.')]=15.,
+               tokens_per_call:Annotated[int, typer.Option('--tokens-per-call', metavar='N', help='Tokens that are served together: more than 1 for a batch or a prompt.')]=1,
+               cold:Annotated[int, typer.Option('--cold', metavar='N', help='Tokens at the start that are counted apart.')]=64,
+               json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None,
+               figure:Annotated[Optional[str], typer.Option('--figure', metavar='FILE', help='Draw hit rates and reuse, as .png, .svg or .pdf.', show_default=False)]=None, quiet:Quiet=False):
+    """Tells what a cache of experts would hit, load and cost, from a recording of a model's routers.
+
+    Needs no GPU and no weights. Hits are counted; tokens a second are predicted from --link and --resident-ms, with no overlap."""
+    from hlwq.bench import parse_numbers
+    from hlwq.cache_sim import RoutingTrace, sweep_cache
+    from hlwq.core import parse_size
+    for f in filter(None, (json_file, figure)): _can_be_written(Path(f))
+    t, screen = RoutingTrace.load(trace), Screen(quiet=quiet)
+    nbytes, speed = parse_size(expert_bytes) if expert_bytes else t.meta.get('expert_bytes'), dict(link_bytes_per_s=parse_size(link), resident_seconds=resident_ms/1e3)
+    how = dict(slots=parse_numbers(slots, 'slots') if slots else None, policies=[p.strip() for p in policy.split(',')], profile=RoutingTrace.load(profile) if profile else None)
+    with stage(screen, 'simulating'): stats = sweep_cache(t, cold_steps=cold, tokens_per_call=tokens_per_call, **how)
+    rows = [_cache_row(s, nbytes, speed) for s in stats]
+    screen.say(repr(t))
+    screen.table(('policy', 'slots', 'of all, %', 'cold hits, %', 'warm hits, %', *(('MB/token', 'tokens/s') if nbytes else ())), [_cache_words(r) for r in rows])
+    screen.say(f"tokens/s are predicted: experts of {nbytes/1e6:.3f} MB, {speed['link_bytes_per_s']/1e9:g} GB/s, {resident_ms:g} ms for all else, no overlap" if nbytes else "no bytes and no speed: the recording does not tell the size of an expert; give it with --expert-bytes")
+    about = dict(trace=str(trace), tokens=len(t), **{k:v for k,v in t.meta.items() if k != 'layers'}) | dict(expert_bytes=nbytes, cold_steps=cold, tokens_per_call=tokens_per_call, **speed)
+    if json_file: Path(json_file).write_text(json.dumps(dict(about, rows=rows), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    if figure: _cache_figure(t, stats, figure)
+
+def _cache_row(s, nbytes, speed):
+    from hlwq.cache_sim import predicted_tokens_per_second
+    known = dict(bytes_per_token=s.bytes_per_token(nbytes), tokens_per_second=predicted_tokens_per_second(s, nbytes, **speed)) if nbytes else {}
+    return dict(s.to_json(), hit_rate=s.hit_rate, **known)
+
+def _cache_words(r):
+    more = (f"{r['bytes_per_token']/1e6:.1f}", f"{r['tokens_per_second']:.1f}") if 'bytes_per_token' in r else ()
+    return r['policy'], str(r['slots']), f"{100*r['slots']/r['n_experts']:.0f}", f"{100*r['cold']['hit_rate']:.1f}" if r['cold']['tokens'] else '', f"{100*r['hit_rate']:.1f}", *more
+
+def _cache_figure(trace, stats, path):
+    import matplotlib.pyplot as plt
+    from hlwq.cache_sim import plot_hit_rates, plot_reuse
+    from hlwq.core import ConfigError
+    from hlwq.evaluate import plot_style
+    with plot_style():
+        fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout='constrained')
+        plot_hit_rates(stats, axes[0]); plot_reuse(trace, axes[1])
+        try: fig.savefig(path)
+        except ValueError as e: raise ConfigError(f"{path}: {e}; choose a name that ends in .png, .svg or .pdf") from e
+        finally: plt.close(fig)

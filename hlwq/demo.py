@@ -19,6 +19,7 @@ from .checkpoint import verify_checkpoint
 from .convert import quantize_checkpoint
 from .core import BLOCK_SIZE, CheckpointError, ConfigError, asset_path, human_bytes, listing
 from .evaluate import COLOURS, compare_many, load_text_tokens, plot_quality, plot_sizes, plot_style
+from .generate import generate
 from .hadamard import fwht
 from .lloyd_max import codebook
 from .recipe import make_plan
@@ -139,7 +140,6 @@ def measure(
 # %% ../nbs/81_demo.ipynb #40b0f0b9
 PROMPT = 'It was a dark and stormy night;'
 
-@torch.inference_mode()
 def continuation(
     model, # a causal language model
     tokenizer, # of the model
@@ -147,8 +147,8 @@ def continuation(
     n:int=40, # tokens to add
 ) -> list: # token ids that were added
     "Continues a text greedily"
-    ids = tokenizer(prompt, return_tensors='pt')
-    with one_thread(): return model.generate(**ids, max_new_tokens=n, do_sample=False)[0, ids['input_ids'].shape[1]:].tolist()
+    ids = tokenizer(prompt, return_tensors='pt').input_ids
+    with one_thread(): return generate(model, ids, n)[0, ids.shape[1]:].tolist()
 
 def n_shared(
     a:list, # tokens

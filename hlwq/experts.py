@@ -163,7 +163,7 @@ def expert_linear(
     if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()): return _expert_linear(x, rows, ids, packed, bits, book, way)
     return packed_expert_linear(x, rows, ids, packed, bits_norm(bits), book_on(book, x.device), way)
 
-# %% ../nbs/21_experts.ipynb #8757cbd2
+# %% ../nbs/21_experts.ipynb #a9474f5d
 def _layer(x, ids, weights, up, up_bits, up_book, down, down_bits, down_book):
     return _moe(up).expert_layer(x, ids.long(), weights, (up, bits_norm(up_bits), book_on(up_book, x.device)), (down, bits_norm(down_bits), book_on(down_book, x.device)))
 
@@ -181,7 +181,7 @@ def expert_layer(
     up, # HasCodes: tiles of gate and up, gate first
     down, # HasCodes: tiles of the second projection
 ) -> Tensor: # (T, hidden)
-    "Both projections of a few tokens' experts with silu(gate)*up between them, in two kernels; no gradient flows"
+    "Both projections of tokens' experts with silu(gate)*up between them, of a few tokens in two kernels; no gradient flows"
     run = _expert_layer if torch.compiler.is_compiling() else _layer
     return run(x, ids, weights, up.packed, up.norm_bits, up.key, down.packed, down.norm_bits, down.key)
 
@@ -235,7 +235,7 @@ def from_quantized(cls:PackedStack,
     m.norm_bits = nn.Parameter(norm_bits(torch.stack(norms)), requires_grad=False)
     return m
 
-# %% ../nbs/21_experts.ipynb #a842e9fe
+# %% ../nbs/21_experts.ipynb #fb4d1de2
 def experts_interface(
     module:nn.Module, # any module
 ) -> bool:
@@ -288,7 +288,7 @@ def forward(self:HLWQExperts,
 
     Raises UnsupportedError for an `experts_implementation` that computes from dense weights."""
     way, (T, k) = self.way, top_k_index.shape
-    if self.in_two_kernels(hidden_states, T*k):
+    if self.in_few_kernels(hidden_states, T*k):
         return expert_layer(hidden_states, top_k_index, top_k_weights, self.w13, self.w2)
     ids, pairs = top_k_index.reshape(-1), torch.arange(T*k, device=hidden_states.device)
     h = self._add_bias(self.w13(hidden_states, pairs//k, ids, way), 0, ids)
@@ -298,12 +298,12 @@ def forward(self:HLWQExperts,
     return (y*top_k_weights.reshape(-1, 1)).view(T, k, -1).sum(1).to(hidden_states.dtype)
 
 @patch
-def in_two_kernels(self:HLWQExperts,
+def in_few_kernels(self:HLWQExperts,
     x:Tensor, # (T, hidden)
     pairs:int, # tokens times experts of each
 ) -> bool:
-    "Tells whether this is a case for expert_layer: few pairs, 16 bits, no gradient, kernels there"
-    if pairs > 32 or not self.swiglu or x.dtype not in (torch.float16, torch.bfloat16) or (x.requires_grad and torch.is_grad_enabled()): return False
+    "Tells whether this is a case for expert_layer: 16 bits, no gradient, kernels there; when compiling, only for a few pairs"
+    if (pairs > 32 and torch.compiler.is_compiling()) or not self.swiglu or x.dtype not in (torch.float16, torch.bfloat16) or (x.requires_grad and torch.is_grad_enabled()): return False
     return tiled(self.w13.in_order()) and tiled(self.w2.in_order())
 
 @patch

@@ -6,15 +6,17 @@
 __all__ = ['THIN_MAX_FEATURES', 'CENTERED', 'PLAIN', 'Joined', 'norm_kind', 'NormStep', 'AttentionStep', 'DeltaNetStep',
            'DenseStep', 'ExpertsStep', 'decoder_of', 'DecodeStep', 'mixer_step']
 
+# %% ../nbs/25_step.ipynb #4f920166
+import inspect
+
 # %% ../nbs/25_step.ipynb #d6d84a63
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 
-# %% ../nbs/25_step.ipynb #c06a8744
+# %% ../nbs/25_step.ipynb #68deb28e
 from .core import UnsupportedError
-from .experts import HLWQExperts
-from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled, why_no_kernels
+from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled
 
 # %% ../nbs/25_step.ipynb #836e9b07
 class Joined:
@@ -81,11 +83,11 @@ class NormStep:
         from hlwq.kernels.norms import add_rms_norm
         return add_rms_norm(x, self.norm.weight, self.eps, residual, extra, gate, self.centered)
 
-# %% ../nbs/25_step.ipynb #86541dc6
+# %% ../nbs/25_step.ipynb #5b4437e3
 class AttentionStep:
     "Attention of one token: projections, norms and rotary embedding with the append, attention over the cache, gate, projection"
     def __init__(self, m):
-        self.index, self.head_dim, self.scale = m.layer_idx, m.head_dim, m.scaling
+        self.module, self.index, self.head_dim, self.scale = m, m.layer_idx, m.head_dim, m.scaling
         self.qkv, self.out, self.gated = Joined([m.q_proj, m.k_proj, m.v_proj]), Joined([m.o_proj]), m.q_proj.out_features == 2*m.o_proj.in_features
         self.norms = [getattr(m, n, None) for n in ('q_norm', 'k_norm')]
         self.eps, self.centered = norm_kind(self.norms[0]) if self.norms[0] is not None else (1e-6, False)
@@ -118,7 +120,7 @@ class DeltaNetStep:
         y = deltanet_step(*self.wide(x), *self.thin(x), layer.conv_states[0], layer.recurrent_states[0], m.conv1d.weight.squeeze(1), m.A_log, m.dt_bias, m.norm.weight, self.eps, m.num_k_heads, m.conv1d.bias, settled=True)
         return self.out(y)[0]
 
-# %% ../nbs/25_step.ipynb #3bed8cf7
+# %% ../nbs/25_step.ipynb #a1111509
 class DenseStep:
     "A gated feed-forward layer of one token"
     def __init__(self, m):
@@ -144,9 +146,16 @@ class ExpertsStep:
 
     def __call__(self, x, b):
         from hlwq.kernels.router import route_from_hidden
+        if len(x) > 8: return self.many(x)
         weights, ids, gate = route_from_hidden(x, self.router.weight, self.top_k, self.normalize, torch.float32 if self.wide_weights else x.dtype, None if self.gate is None else self.gate.weight, b.counter)
         y = self.experts(x, ids, weights)
         return (y, self.shared.product(x), gate) if self.shared else (y, None, None)
+
+    def many(self, x): # tokens of a prompt
+        from hlwq.kernels.router import route
+        weights, ids = route(nn.functional.linear(x, self.router.weight), self.top_k, self.normalize, torch.float32 if self.wide_weights else x.dtype)
+        y = self.experts(x, ids, weights)
+        return (y, self.shared.product(x), self.gate(x)) if self.shared else (y, None, None)
 
 # %% ../nbs/25_step.ipynb #a099d633
 def decoder_of(
@@ -209,5 +218,52 @@ def __call__(self:DecodeStep,
     for i,(mixer,mlp) in enumerate(self.layers):
         x, total = self.norms[2*i+1](mixer(x, b), total)
         y, extra, gate = mlp(x, b)
+        x, total = self.norms[2*i+2](y, total, extra, gate)
+    return self.head(x)[0].float()
+
+# %% ../nbs/25_step.ipynb #8de02952
+@patch
+def read(self:AttentionStep,
+    x:Tensor, # (rows, length, hidden) tokens of a prompt
+    b, # Buffers of generate
+    turns:tuple, # cosines and sines of their positions, (rows, length, rotary_dim) each
+    mask:Tensor, # (rows, 1, length, keys) bool, what each may see
+    real:Tensor=None, # (rows, length) bool, False for padding; None if there is none
+) -> Tensor: # (rows, length, hidden)
+    "Attention of a prompt, by the layer itself"
+    return self.module(hidden_states=x, position_embeddings=turns, attention_mask=mask, **{_cache_name(self.module, 'past_key_values'):b.cache})[0]
+
+def _cache_name(m, older): return 'cache' if 'cache' in inspect.signature(m.forward).parameters else older      # from transformers 5.24 on
+
+@patch
+def read(self:DeltaNetStep, x, b, turns, mask, real=None):
+    from hlwq.kernels.deltanet_prompt import deltanet_prompt, why_no_prompt
+    m, layer, (rows, n, _) = self.module, b.cache.layers[self.index], x.shape
+    if why_no_prompt(x.device, x.dtype, m.head_k_dim, m.head_v_dim): return m(x, attention_mask=real, **{_cache_name(m, 'cache_params'):b.cache})
+    if real is not None: x = x*real[..., None]                 # as transformers does: a padding token leaves no trace
+    wide, thin = ([o.unflatten(0, (rows, n)) for o in j(x.flatten(0, 1))] for j in (self.wide, self.thin))
+    if not layer.is_conv_states_initialized[0]:
+        layer.lazy_initialization(conv_states=x.new_zeros(rows, wide[0].shape[-1], m.conv_kernel_size), conv_kernel_size=m.conv_kernel_size)
+        layer.lazy_initialization(recurrent_states=x.new_zeros(rows, m.num_v_heads, m.head_k_dim, m.head_v_dim, dtype=torch.float32))
+    y = deltanet_prompt(*wide, *thin, layer.conv_states[0], layer.recurrent_states[0], m.conv1d.weight.squeeze(1), m.A_log, m.dt_bias, m.norm.weight, self.eps, m.num_k_heads, m.conv1d.bias, fresh=not layer.has_previous_state[0])
+    layer.has_previous_state[0] = True
+    return self.out(y.flatten(0, 1))[0].unflatten(0, (rows, n))
+
+@patch
+def read(self:DecodeStep,
+    b, # Buffers of generate, bound
+    ids:Tensor, # (rows, length) tokens of a prompt, or of a part of it
+    positions:Tensor, # (rows, length)
+    mask:Tensor, # (rows, 1, length, keys) bool, what each may see
+    real:Tensor=None, # (rows, length) bool, False for padding; None if there is none
+) -> Tensor: # (rows, vocabulary) float32, of the last tokens
+    "Reads a prompt into the cache"
+    turns, shape = b.rope[positions].chunk(2, -1), ids.shape
+    x, total = self.norms[0](self.embed(ids).flatten(0, 1))
+    for i,(mixer,mlp) in enumerate(self.layers):
+        y = mixer.read(x.unflatten(0, shape), b, turns, mask, real)
+        x, total = self.norms[2*i+1](y.flatten(0, 1), total)
+        y, extra, gate = mlp(x, b)
+        if i + 1 == len(self.layers): y, total, extra, gate = (None if o is None else o.unflatten(0, shape)[:, -1] for o in (y, total, extra, gate))
         x, total = self.norms[2*i+2](y, total, extra, gate)
     return self.head(x)[0].float()

@@ -1,10 +1,11 @@
 "What can be known of measuring without a GPU: what is asked for, what is refused, what the tables say, and a whole run on simulated kernels with a clock of our own"
-import json,sys
+import json,shlex,sys
 from pathlib import Path
 import pytest,torch
 import hlwq.bench as bench
 from common import ROOT,python
 from hlwq.bench import *
+from hlwq.bench_decode import *
 from hlwq.cli import main
 from hlwq.core import ConfigError,UnsupportedError
 
@@ -52,7 +53,7 @@ def test_cycled(n):
 def test_floor(): assert floor_us(2_500_000, LIMITS) == pytest.approx(1.)
 
 @no_gpu
-@pytest.mark.parametrize('f', [require_gpu,lambda: graph_seconds([lambda: None]),ceilings,bench_kernels,bench_experts,bench_quantize,lambda: run_bench('kernels', ''),lambda: run_bench('quantize', '', bits=[5])])
+@pytest.mark.parametrize('f', [require_gpu,lambda: graph_seconds([lambda: None]),ceilings,bench_kernels,bench_experts,bench_quantize,lambda: run_bench('kernels', ''),lambda: run_bench('quantize', '', bits=[5]),bench_decode,lambda: run_decode('')])
 def test_refused_without_gpu(f):
     with pytest.raises(UnsupportedError, match=r'^bench: no CUDA device .*, need an NVIDIA GPU .*; run it on'): f()
 
@@ -64,11 +65,14 @@ def test_refused_on_wrong_machines(monkeypatch):
     with pytest.raises(UnsupportedError, match='triton is not installed, need 3.2'): require_gpu()
 
 @no_gpu
-@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels or quantize'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
-    ('quantize --rows 8','bench quantize'), ('quantize --shape 8x8','bench quantize'), ('quantize --json nowhere/x.json','nowhere/x.json'), ('kernels --json .','cannot be written'), ('','hlwq bench --help')])
+@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize or decode'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
+    ('quantize --rows 8','bench quantize'), ('quantize --shape 8x8','bench quantize'), ('quantize --json nowhere/x.json','nowhere/x.json'), ('kernels --json .','cannot be written'), ('','hlwq bench --help'),
+    ('decode','no CUDA device'), ('decode --model qwen3.6,llama --bits 5,4,bf16 --rows 1,8 --context 128,8192 --new 128 --layers 4','no CUDA device'), ('decode --model qwen3','fits Qwen3.6-35B-A3B, Qwen3-30B-A3B, Qwen3-8B, need one of'),
+    ('decode --model ""','fits Qwen3.6'), ('decode --bits 7','need one of 2, 3, 4, 5, 6, 8'), ('decode --bits fp8','and bf16'), ('decode --rows 0','rows'), ('decode --context some','context'), ('decode --new 1','new: 1'), ('decode --layers 0','layers: 0'),
+    ('decode --shape 8x8','--shape given'), ('kernels --model llama','--model given'), ('quantize --context 8 --new 5','--context, --new given'), ('decode --json nowhere/x.json','nowhere/x.json')])
 def test_command_refuses(line, needle, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = main(['bench',*line.split()])
+    code = main(['bench',*shlex.split(line)])
     out,err = capsys.readouterr()
     assert (code,out) == (2,'') and err.startswith('hlwq: ') and err.count('\n') == 1 and needle in err
     assert not list(tmp_path.iterdir())
@@ -198,3 +202,209 @@ kernels.main()
     assert r['command'] == 'python benchmarks/kernels.py --write' and not r['failed']
     assert {k:len(v) for k,v in r['parts'].items()} == dict(gemv=1, small=1, large=1, experts=4, quantize=4)
     assert '| gemv | 16 x 128 | 5 | 1 |' in page and '## Quantizing' in page and 'FAILED' not in out and page.strip() in out
+
+# --- whole models
+
+def kernel(name, count=1., us=10.): return dict(name=short_name(name), count=count, us=us)
+def decode_row(**kw): return dict(model='Qwen3.6-35B-A3B', weights_as='5 bits', bits=5, layers=None, way='kernels', step='kernels, recorded', fused=True, rows=1, context=8192, new=128, ms=2.5, tokens_per_second=400., all_ms=[2.5], first_ms=300., capture_seconds=.5,
+    peak_bytes=25*10**9, weights=24*10**9, step_bytes=2*10**9, floor_ms=.8, launches=441., busy_ms=2.2, kernels=[kernel('_gemv_kernel', 200, 1500.), kernel('nvjet_tst_64x8_64x16_1x2_h_bz_NNT', 1, 700.)]) | kw
+
+BF16 = 'c10::BFloat16'
+NAMES = dict(                                                  # as profiles give them
+    products=[('_gemv_kernel', 200), ('_small_kernel', 80), ('_rotate_kernel', 80), ('_dense_kernel', 3), ('_thin_kernel', 70), ('nvjet_tst_64x8_64x16_4x1_v_bz_TNT', 120), ('void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(cutlass_80...', 40),
+        ('void gemvx::kernel<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float, false, true, true, false, 7, false, cublasGemvParamsEx<...', 96), ('void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16, true, false, false>(...', 30)],
+    experts=[('_route_kernel', 40), ('void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(at::cuda::detail::TensorInfo<float const, unsigned int>, ...', 40), ('void at::native::bitonicSortKVInPlace<2, -1, 16, 16, float, long, ...', 40)],
+    norms=[('_add_norm_kernel', 81), ('_gate_kernel', 40), ('void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float, float, float, float>, unsigned int, float, 4, 4> >(...', 81)],
+    attention=[('_split_kernel', 10), ('_combine_kernel', 10), ('_rope_kernel', 10), ('fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...', 10), ('void pytorch_flash::flash_fwd_splitkv_kernel<pytorch_flash::Flash_fwd_kernel_traits<256, 64, 64, 4, ...', 10)],
+    DeltaNet=[('_conv_kernel', 30), ('_state_kernel', 30), ('_chunk_kernel', 30), ('_scan_kernel', 30)],
+    head=[('nvjet_tst_64x8_64x16_4x1_v_bz_TNT', 1), ('void gemvx::kernel<int, int, __nv_bfloat16, __nv_bfloat16, ...', 1)],
+    choosing=[('void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::ArgMaxOps<float>, unsigned int, long, 4, 4> >(at::native::ReduceOp<...', 1)],
+    other=[('void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<long>, std::array<char*, 3ul> >(int, ...', 9), ('void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda(...', 9),
+        ('void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFloat16, long, unsigned int, 2, 2, -2>(...', 2), ('Memcpy DtoD (Device -> Device)', 3), ('void at::native::reduce_kernel<512, 1, at::native::ReduceOp<bool, at::native::func_wrapper_t<bool, at::native::or_kernel_cuda...', 1)])
+
+@pytest.mark.parametrize('kind', NAMES)
+def test_kinds_of_kernels(kind):
+    for name,count in NAMES[kind]:
+        assert kernel_kind(short_name(name), count) == kind, name
+        assert len(short_name(name)) <= 60 and not short_name(name).startswith('void')
+
+def test_own_kernels_have_a_kind():
+    "A kernel that is added to a decode step and forgotten in KINDS would be lost among the others"
+    import ast
+    from common import modules,tree
+    found = {n.name for m in modules() if m.startswith('kernels.') for n in ast.walk(tree(m)) if isinstance(n, ast.FunctionDef) and 'triton' in str([ast.dump(d) for d in n.decorator_list]) and n.name.endswith('_kernel')} - {'_quantize_kernel','_tile_kernel'}
+    assert len(found) > 10 and not {n for n in found if kernel_kind(n, 40) == 'other'}
+
+def test_step_shares():
+    rows = [kernel(name, count, 2**i) for i,(name,count) in enumerate(o for names in NAMES.values() for o in names)]
+    shares = step_shares(rows)
+    assert list(shares) == list(ORDER) and set(ORDER) == set(NAMES) and sum(shares.values()) == 2**len(rows)-1 and all(shares.values())
+    assert step_shares([]) == dict.fromkeys(ORDER, 0.)
+
+def test_kernel_rows():
+    long = 'void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<long>, std::array<char*, 3ul> >(int, '
+    rows = kernel_rows([('_gemv_kernel', 2.), (long+'a', 5.), ('_gemv_kernel', 4.), (long+'b', 7.)]*4, 4)
+    assert rows == [dict(name=short_name(long), count=2, us=12.), dict(name='_gemv_kernel', count=2, us=6.)] and kernel_rows([]) == []
+
+def test_names_of_models():
+    assert [geometry_name(n) for n in ('qwen3.6','LLAMA','Qwen3-8','qwen3-30b-a3b')] == ['Qwen3.6-35B-A3B','Llama-3.1-8B','Qwen3-8B','Qwen3-30B-A3B']
+    for wrong in ('qwen3','','gpt','Llama-3.1-8B-Instruct'):
+        with pytest.raises(ConfigError, match='need one of Qwen3.6'): geometry_name(wrong)
+
+def test_bits_of_models():
+    assert parse_weights('5, bf16,BFLOAT16,2') == [5,None,None,2]
+    for wrong in ('','5,','bf','5 4','16','7','-5','1.5','²'):
+        with pytest.raises(ConfigError): parse_weights(wrong)
+
+def test_decode_tables():
+    rows = [decode_row(), decode_row(way='eager', fused=False, kernels=None, launches=None, busy_ms=None, capture_seconds=None, floor_ms=None, peak_bytes=None), decode_row(fused=False, rows=8)]
+    r = DecodeResult('hlwq bench decode', dict(gpu='NVIDIA H100', torch='2.13.0'), LIMITS, rows, ['Llama-3.1-8B, bfloat16: too large'])
+    (head,lines),(head2,shares) = r.tables()
+    assert {len(l) for l in lines} == {len(head)} and {len(l) for l in shares} == {len(head2)} and len(lines) == 3 and len(shares) == 2 and all(isinstance(c, str) for l in [*lines, *shares] for c in l)
+    first,second = (dict(zip(head, l)) for l in lines[:2])
+    assert (first['ms a token'],first['floor, ms'],first['kernels'],first['peak memory'],first['context']) == ('2.50','0.80','441','25.00 GB','8,192') and second['floor, ms'] == second['kernels'] == second['peak memory'] == '-'
+    assert [l[2] for l in lines] == ['kernels','eager','kernels (not fused)'] and dict(zip(head2, shares[0]))['head, µs'] == '700'
+    again = DecodeResult(**json.loads(json.dumps(r.to_json())))
+    assert again == r and again.tables() == r.tables() and r.notes()[-1] == 'FAILED Llama-3.1-8B, bfloat16: too large' and 'copy 2.50 TB/s' in r.notes()[0]
+    assert DecodeResult('x', {}).tables() == [] and DecodeResult('x', {}, LIMITS, [decode_row(kernels=None)]).tables()[0][1]
+
+def test_figure_of_shares():
+    plt = pytest.importorskip('matplotlib.pyplot')
+    fig = plot_shares([decode_row(), decode_row(way='eager'), decode_row(kernels=None), decode_row(context=128)])
+    ax = fig.axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['Qwen3.6-35B-A3B, 5 bits, 1 x 8,192','Qwen3.6-35B-A3B, 5 bits, 1 x 128'] and 'ms' in ax.get_xlabel() and ax.get_title()
+    assert max(p.get_x() + p.get_width() for p in ax.patches) == pytest.approx(2.2) and [l.get_text() for l in fig.legends[0].get_texts()][-len(ORDER):] == list(ORDER)
+    plt.close(fig)
+
+def test_decode_command_writes(capsys, tmp_path, monkeypatch):
+    asked = {}
+    def run(command, progress, **kw):
+        asked.update(kw)
+        progress(decode_row())
+        return DecodeResult(command, machine(), LIMITS, [decode_row()], ['some: failed'])
+    monkeypatch.setattr(sys.modules['hlwq.bench_decode'], 'run_decode', run)
+    line = 'hlwq bench decode --model qwen3.6,llama --bits 5,4,bf16 --rows 1,8 --context 128,8192 --new 64 --layers 4'
+    assert main([*line.split()[1:],'--json',str(tmp_path/'r.json')]) == 0
+    assert asked == dict(names=['qwen3.6','llama'], bits=[5,4,None], rows=[1,8], contexts=[128,8192], new=64, layers=4)
+    out,err = capsys.readouterr()
+    assert 'ms a token' in out and 'head, µs' in out and 'FAILED some: failed' in out and err.startswith('hlwq: Qwen3.6-35B-A3B  5 bits  kernels') and err.count('\n') == 1
+    r = DecodeResult(**json.loads((tmp_path/'r.json').read_text()))
+    assert r.command == line and r.decode == [decode_row()] and r.machine['torch'] == torch.__version__
+    asked.clear()
+    assert main(['bench','decode','--quiet']) == 0 and asked == {} and capsys.readouterr().err == ''
+
+WHOLE = f'''
+from hlwq import bench_decode as bd
+from hlwq.kernels.layout import tile_ref
+from hlwq.quantize import quantize_rows
+small = dict(vocab_size=256, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, num_hidden_layers=2)
+tiny = {{'Qwen3.6-35B-A3B': small | dict(linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=32, linear_value_head_dim=32, moe_intermediate_size=128, shared_expert_intermediate_size=32, num_experts=8, num_experts_per_tok=2, num_hidden_layers=4),
+    'Llama-3.1-8B': small | dict(intermediate_size=128), 'Qwen3-8B': small | dict(intermediate_size=136)}}
+for k in list(bd.GEOMETRIES):
+    kind, sizes = bd.GEOMETRIES.pop(k)
+    if k in tiny: bd.GEOMETRIES[k] = kind, sizes | tiny[k]
+bd.require_gpu, bd.ceilings, bd.random_model.__defaults__ = lambda: None, lambda: limits, (None, 'cpu')
+def packed_weights(w, book):                                   # without the kernel, whose simulation takes long
+    if w.ndim == 3: return [torch.stack(o) for o in zip(*(packed_weights(e, book) for e in w))]
+    packed, norms = quantize_rows(w, book)
+    return tile_ref(packed, book.bits), norms.half()
+bd.packed_weights = packed_weights
+def profiled(g, at, n=8):                                      # steps as the profiler would see them, without the profiler
+    for i in range(n): g._advance(g.buffers, at+i+1)
+    assert int(g.buffers.slot) == at+n <= g.buffers.capacity and g.buffers.batch <= 8
+    return bd.kernel_rows([('_gemv_kernel', 3.)]*n*5, n)
+bd.profile_steps = torch.no_grad()(profiled)
+'''
+
+def whole(code): return simulated(WHOLE+code)
+
+def test_models_run():
+    "Whole models on a CPU, in bfloat16 and packed: rows, what they carry, and prompts longer than the model was made for"
+    out = whole('''
+seen = []
+kw = dict(cases=[(1, 5), (3, 7)], limits=limits, new=3, repeat=2)
+rows = bd.bench_decode(['qwen3.6', 'qwen3-8b'], [None, 5], progress=seen.append, **kw)
+assert rows == seen and len(rows) == 2*(1 + 2 + 2 + 2)
+for r in rows:
+    first = (r['rows'], r['context']) == (1, 5)                # the others are measured shortly, and without a profile
+    assert len(r['all_ms']) == (1 if r['way'] == 'eager' else 2 if first else 3) and r['new'] == (16 if r['way'] == 'eager' else 3) and r['tokens_per_second'] == 1e3*r['rows']/r['ms'] and r['first_ms'] > 0 and r['step'] == 'transformers'
+    assert (r['kernels'], r['launches'], r['busy_ms']) == (([dict(name='_gemv_kernel', count=5, us=15.)], 5, .015) if first else (None, None, None)) and r['floor_ms'] == bd.floor_us(r['step_bytes'], limits)/1e3
+print(*(bd.row_name(r) for r in rows), sep='/')
+of = {(r['model'], r['bits'], r['rows']): r['step_bytes'] for r in rows if r['way'] == 'kernels'}
+assert len(of) == 8
+assert all(of[m, 5, n] < of[m, None, n] for m,_,n in of) and all(of[m, b, 1] < of[m, b, 3] for m,b,_ in of)
+r, = bd.bench_decode(['qwen3-8b'], [None], ['kernels'], [(1, 250)], limits=limits, new=2, repeat=1, layers=1)   # room for the profile ends beyond the first 256
+assert r['layers'] == 1 and r['weights'] < rows[-1]['weights'] + 10**6
+''')
+    assert out.splitlines()[0].split('/')[:7] == ['Qwen3.6-35B-A3B, bfloat16, eager, 1 text, context 5', *(f'Qwen3.6-35B-A3B, {w}, {n}, context {c}' for w in ('bfloat16, graph','bfloat16, kernels','5 bits, kernels') for n,c in (('1 text',5),('3 texts',7)))]
+
+def test_failures_do_not_end_the_rest():
+    "A model that does not fit, a case that does not: a sentence each, and the others are measured; without a list they are raised, and errors of the package itself always"
+    whole('''
+from hlwq.core import ConfigError
+make, measure = bd.random_model, bd.measure_decode
+def too_large(config, bits=None):
+    if bits is None: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB')
+    return make(config, bits)
+def too_long(model, way, rows, context, **kw):
+    if rows == 8: raise ConfigError('cuda:0: out of memory for 8 rows, need 9 GB; lower the number of rows')
+    return measure(model, way, rows, context, **kw)
+bd.random_model, bd.measure_decode = too_large, too_long
+kw = dict(ways=['kernels'], cases=[(8, 5), (1, 5)], limits=limits, new=2, repeat=1)
+failed = []
+rows = bd.bench_decode(['qwen3-8b'], [None, 5], failed=failed, **kw)
+assert [(r['bits'], r['rows']) for r in rows] == [(5, 1)]
+assert failed[0].startswith('Qwen3-8B, bfloat16: CUDA out of memory') and failed[1] == 'Qwen3-8B, 5 bits, kernels, 8 texts, context 5: cuda:0: out of memory for 8 rows, need 9 GB; lower the number of rows' and len(failed) == 2
+for b,kind in ((None, torch.OutOfMemoryError), (5, ConfigError)):
+    try: bd.bench_decode(['qwen3-8b'], [b], **kw)
+    except kind: pass
+    else: raise AssertionError('nothing was raised')
+try: bd.run_decode('', ['qwen3-8b'], [None], rows=[1], contexts=[5], new=2)
+except ConfigError as e: assert str(e).endswith('nothing was measured'), e
+else: raise AssertionError('nothing was raised')
+r = bd.run_decode('hlwq', ['qwen3-8b', 'Qwen3-8B'], [None, 5], rows=[1, 8], contexts=[5, 6], new=2)
+assert [(o['rows'], o['context']) for o in r.decode] == [(1, 5), (1, 6)] and len(r.failed) == 3
+def broken(*a, **kw): raise RuntimeError('shapes do not fit')
+bd.measure_decode = broken
+try: bd.bench_decode(['qwen3-8b'], [5], failed=[], **kw)
+except RuntimeError as e: assert str(e) == 'shapes do not fit'
+else: raise AssertionError('nothing was raised')
+''')
+
+def test_decode_script(tmp_path):
+    "benchmarks/decode.py from one end to the other, cut off in the middle, and again for one model"
+    out = whole(f'''
+from pathlib import Path
+import common, decode, json
+common.RESULTS = Path({str(tmp_path)!r})
+decode.CASES, decode.SETTINGS = [(1, 5), (2, 7)], dict(new=2, repeat=1)
+stored = lambda: json.loads((common.RESULTS/'decode.json').read_text())
+decode.run_share(decode.parts(['Qwen3-8B', 'Llama-3.1-8B'], [None, 5]), '1/2')
+sys.argv, n = ['decode.py', '--only', 'llama,qwen3-8b', '--bits', '5,bf16', '--write'], 0
+show = decode.show
+def cut_off(row):
+    global n
+    n += 1
+    if n == 5: raise KeyboardInterrupt
+    show(row)
+decode.show = cut_off
+try: decode.main()
+except KeyboardInterrupt: pass
+assert [(k, len(p['rows'])) for k,p in stored()['parts'].items()] == [('Llama-3.1-8B, 5 bits', 2), ('Llama-3.1-8B, bfloat16', 2)]
+decode.show = show
+decode.main()
+first = stored()
+sys.argv = ['decode.py', '--only', 'qwen3-8b', '--bits', '4', '--write']
+decode.main()
+assert {{k:p for k,p in stored()['parts'].items() if p['command'] == first['command']}} == first['parts']
+try:
+    sys.argv = ['decode.py', '--only', 'gpt']
+    decode.main()
+except SystemExit as e: assert 'need one of' in str(e)
+else: raise AssertionError('nothing was refused')
+''')
+    r,page = json.loads((tmp_path/'decode.json').read_text()),(tmp_path/'decode.md').read_text()
+    assert {k:len(p['rows']) for k,p in r['parts'].items()} == {f'{m}, {w}':n for m in ('Llama-3.1-8B','Qwen3-8B') for w,n in (('5 bits',2),('bfloat16',5))} | {'Qwen3-8B, 4 bits':2}
+    assert all(not p['failed'] and p['gpu']['torch'] and p['ceilings'] == LIMITS for p in r['parts'].values())
+    assert page.count('## ') == 2 and page.count('Measured ') == 3 and '`python benchmarks/decode.py --only qwen3-8b --bits 4 --write`' in page and 'FAILED' not in page and '| Qwen3-8B | 4 bits | kernels (not fused) | 2 | 7 |' in page
+    assert ' bits: ' not in out.partition('==')[0] and page.strip() in out and all(l.count('|') == 14 for l in page.splitlines() if l.startswith('|'))

@@ -8,9 +8,10 @@ from hlwq import __version__
 from hlwq.cli import app,main,resume_command
 from hlwq import recipe
 from hlwq.core import ConfigError,asset_path,parse_size
+from hlwq.generate import GenerationReport,HLWQGenerator
 
 TINY = asset_path('tiny-moe-10m')
-COMMANDS = 'demo plan quantize verify inspect dequantize eval generate'.split()
+COMMANDS = 'demo plan quantize verify inspect dequantize eval generate bench'.split()
 
 @pytest.fixture(scope='module')
 def q5(tmp_path_factory):
@@ -167,8 +168,74 @@ def test_generate(hlwq, q5):
     a,b = (json.loads(hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--json')[1]) for _ in range(2))
     assert a['text'] == b['text'] and a['tokens'] == 8 and a['tokens_per_second'] > 0
     assert hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8')[1].strip() == ('In the beginning' + a['text']).strip()
-    for extra,said in ((('--temperature','-1'), 'temperature: -1'), (('--max-new-tokens','0'), 'need at least 1')): fails(hlwq('generate', q5, '--prompt', 'x', *extra), said)
     fails(hlwq('generate', TINY, '--prompt', 'x'), 'no HLWQ codes')
+    fails(hlwq('generate', q5, '--prompt', ''), "prompt: no token in ''")
+
+def test_generate_tells_how_fast_and_by_what(hlwq, q5):
+    code,out,err = hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--json')
+    r = json.loads(out)['report']
+    assert code == 0 and (r['new_tokens'],r['step'],r['fallback'],r['no_kernels'],r['interrupted'],r['capture_seconds']) == (8,'transformers','','',False,None)
+    assert r['prompt_tokens'] > 0 and r['prompt_tokens_per_second'] == r['prompt_tokens']/r['first_seconds'] and r['decode_tokens_per_second'] == 7/r['decode_seconds']
+    last = err.splitlines()[-1]
+    for part in (f"{r['prompt_tokens']} tokens read at {r['prompt_tokens_per_second']:,.1f} tokens/s", f"after {1e3*r['first_seconds']:,.0f} ms", f"8 written at {r['decode_tokens_per_second']:,.1f} tokens/s", 'step: transformers; weights: '): assert part in last
+    assert hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--quiet')[1:] == ('','')
+
+def test_told():
+    "What the last line says where more happened than on a CPU"
+    from hlwq.cli import _told
+    some = dict(rows=1, prompt_tokens=5, new_tokens=9, first_seconds=.1, decode_seconds=.2)
+    line = _told(GenerationReport(**some, capture_seconds=.13, step='kernels, recorded'), ['triton'])
+    assert line == '5 tokens read at 50.0 tokens/s, the first new one after 100 ms, 9 written at 40.0 tokens/s, of which 0.1 s were recording; step: kernels, recorded; weights: triton'
+    assert 'step: transformers, recorded (no kernels: HLWQ_KERNELS=off); ' in _told(GenerationReport(**some, step='transformers, recorded', no_kernels='HLWQ_KERNELS=off'), ['dense'])
+    assert 'step: model.generate because it is new; ' in _told(GenerationReport(**some, step='model.generate', fallback='it is new'), ['dense'])
+    assert '1 written; step' in _told(GenerationReport(**{**some, 'new_tokens':1}, step='transformers'), ['dense'])
+
+def test_generate_passes_its_options_on(hlwq, q5, monkeypatch):
+    "Each option arrives under the name that the generator has for it, and the text is that of the same call in Python"
+    asked,call = [],HLWQGenerator.__call__
+    def noting(self, ids, n, **kw):
+        asked.append((self.prefill_chunk, n, kw))
+        return call(self, ids, n, **kw)
+    monkeypatch.setattr(HLWQGenerator, '__call__', noting)
+    options = '--max-new-tokens 30 --temperature 0.9 --top-k 40 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.2 --seed 5 --prefill-chunk 3'.split()
+    r = json.loads(hlwq('generate', q5, '--prompt', 'In the beginning', *options, '--stop', ',', '--stop', 'zzz', '--json')[1])
+    chunk,n,kw = asked.pop()
+    assert (chunk,n) == (3,30) and {k:kw[k] for k in ('do_sample','temperature','top_k','top_p','min_p','repetition_penalty','seed')} == dict(do_sample=True, temperature=.9, top_k=40, top_p=.9, min_p=.01, repetition_penalty=1.2, seed=5)
+    assert kw['stop'] == [',','zzz'] and kw['streamer'] is None
+    assert r['text'].count(',') <= 1 and (r['text'].endswith(',') or r['tokens'] == 30 or ',' not in r['text'])
+    assert json.loads(hlwq('generate', q5, '--prompt', 'In the beginning', *options, '--stop', ',', '--stop', 'zzz', '--json')[1])['text'] == r['text']
+    hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '2')
+    assert {k:v for k,v in asked[-1][2].items() if k in ('do_sample','temperature','top_k','top_p','min_p','repetition_penalty')} == dict(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None, repetition_penalty=None)
+
+def test_stop_ends_the_text(hlwq, q5):
+    free = json.loads(hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '30', '--json')[1])['text']
+    stop = free[10:14]
+    code,out,_ = hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '30', '--stop', 'never there', '--stop', stop)
+    assert code == 0 and out.count(stop) == 1 and len(out.strip()) < len('In the beginning' + free) and ('In the beginning' + free).startswith(out.rstrip('\n'))
+
+@pytest.mark.parametrize('line,needle', [('--temperature -1','temperature: -1'), ('--max-new-tokens 0','need at least 1'), ('--prefill-chunk 0','prefill-chunk: 0'), ('--stop ""','stop: an empty text'), ('--top-p 0.9','top-p: 0.9 at temperature 0'),
+    ('--top-k 5','top-k: 5 at temperature 0'), ('--min-p 0.1','min-p: 0.1 at temperature 0'), ('--temperature 1 --top-k 0','top_k: 0'), ('--temperature 1 --top-p 1.5','top_p: 1.5'), ('--temperature nan','temperature: nan'), ('--repetition-penalty 0','repetition_penalty: 0'),
+    ('--temperature 1 --min-p 2','min_p: 2'), ('--top-k 1.5','--top-k'), ('--seed x','--seed')])
+def test_generate_refuses_before_loading(hlwq, monkeypatch, line, needle):
+    from hlwq import demo,load
+    def loaded(*a, **kw): pytest.fail('something was loaded')
+    monkeypatch.setattr(load, 'load_model', loaded); monkeypatch.setattr(demo, 'load_tokenizer', loaded)
+    fails(hlwq('generate', 'folder', '--prompt', 'x', *shlex.split(line)), needle)
+
+def test_what_does_not_fit_is_one_line(hlwq, q5): fails(hlwq('generate', q5, '--prompt', 'x', '--max-new-tokens', '100000', '--quiet'), 'need at most 8,192 for this model')
+
+@pytest.mark.parametrize('after', [1, 4])
+def test_interrupted_text_is_given(hlwq, q5, monkeypatch, after):
+    "Ctrl-C ends the text; what there is comes out, and the exit code is that of an interrupt"
+    steps,choose = [],HLWQGenerator._choose
+    def interrupting(self, b, logits):
+        choose(self, b, logits); steps.append(1)
+        if len(steps) == after: raise KeyboardInterrupt
+    want = json.loads(hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', str(after), '--json')[1])['text']
+    monkeypatch.setattr(HLWQGenerator, '_choose', interrupting)
+    code,out,err = hlwq('generate', q5, '--prompt', 'In the beginning', '--json')
+    r = json.loads(out)
+    assert code == 130 and err.endswith('\nhlwq: interrupted\n') and r['report']['interrupted'] and (r['text'],r['tokens']) == (want,after)
 
 def test_eval_needs_what_it_names(hlwq, q5):
     fails(hlwq('eval', q5, '--against', TINY, '--text', 'none.txt'), 'none.txt: no such file')

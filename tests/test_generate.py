@@ -1,7 +1,7 @@
 """The decode step of fixed shape against model.generate, token by token, and its parts against those of transformers.
 
 Where two logits lie closer than 1e-3, rounding may choose either; such a row is compared up to that place only (`same_tokens`)."""
-import sys,warnings
+import copy,json,sys,warnings,weakref
 from functools import lru_cache
 from types import SimpleNamespace
 import pytest,torch
@@ -20,6 +20,7 @@ from kit import EXPERTS,SIZES,complete,quantized
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 TINY = 'tiny-moe-10m'
+REAL_RECORD = HLWQGenerator._record
 LINEAR = dict(layer_types=['linear_attention', 'full_attention'], linear_conv_kernel_dim=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
     shared_expert_intermediate_size=64, rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=.25))
 OWN = dict(mixtral=EXPERTS | dict(sliding_window=None), mistral=dict(sliding_window=None), qwen2_moe=EXPERTS | dict(shared_expert_intermediate_size=64), qwen3_moe=EXPERTS,
@@ -445,6 +446,155 @@ def test_report():
     assert all(w in repr(r) for w in ('tokens/s', 'first token', 'peak memory')) and r._repr_markdown_().startswith('| | | |\n|---|')
     one = generate(model_of(TINY), encode('Once'), 1, report=True)[1]
     assert one.decode_tokens_per_second is None and ' -' in repr(one)
+    told = json.loads(json.dumps(r.to_json()))
+    assert told['decode_tokens_per_second'] == r.decode_tokens_per_second and told['step'] == 'transformers' and {*told} > {'rows', 'new_tokens', 'first_seconds', 'peak_bytes', 'fallback', 'no_kernels'}
+
+def test_report_of_the_step():
+    "The row says what computed the tokens, and why it was not something faster"
+    row = lambda r: next((o for o in r._repr_markdown_().splitlines() if o.startswith('| step')), None)
+    some = dict(rows=1, prompt_tokens=5, new_tokens=5, first_seconds=.1, decode_seconds=.1)
+    assert row(GenerationReport(**some)) is None and row(GenerationReport(**some, step='kernels, recorded')) == '| step | kernels, recorded |  |'
+    assert row(GenerationReport(**some, step='transformers', no_kernels='triton is not installed')) == '| step | transformers | no kernels: triton is not installed |'
+    r = generate(model_of('gpt2'), IDS, 4, report=True)[1]
+    assert (r.step, r.no_kernels) == ('model.generate', '') and row(r) == f'| step | model.generate | because {r.fallback} |'
+
+@pytest.fixture
+def pretend(monkeypatch):
+    "Lets generators take the CPU for a CUDA device: steps go through recordings, which run the step again"
+    class Stream:
+        def wait_stream(self, other): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+    now,buffers = [Stream()],HLWQGenerator._buffers
+    def as_cuda(self, rows, needed, cache):
+        b = buffers(self, rows, needed, cache)
+        b.device = SimpleNamespace(type='cuda')
+        return b
+    def record(self, b, key):
+        b.graphs[key],self.capture_seconds = SimpleNamespace(replay=lambda: self._step(b)),.1
+    monkeypatch.setattr(HLWQGenerator, '_buffers', as_cuda); monkeypatch.setattr(HLWQGenerator, '_record', record)
+    monkeypatch.setattr(sys.modules['hlwq.generate'], 'why_no_kernels', lambda device: '')
+    for name,f in dict(Stream=Stream, stream=lambda s: s, current_stream=lambda: now[0], set_stream=lambda s: now.__setitem__(0, s), synchronize=lambda device: None).items(): monkeypatch.setattr(torch.cuda, name, f)
+    return now
+
+class TheirStep: # has the interface of DecodeStep and computes with transformers
+    def __init__(self, g): self.g = g
+    def bind(self, b): pass
+    def join(self): pass
+    def read(self, b, ids, positions, mask, real=None): return self.g._logits(b, ids, positions, prompt_mask(torch.ones_like(ids).bool(), 0, ids.shape[1], b.width) if mask is None else mask, real)
+    def __call__(self, b):
+        b.show(b.capacity)
+        b.visible.index_fill_(3, b.slot, True)
+        return self.g._logits(b, b.token, b.position, b.visible)
+
+@pytest.mark.parametrize('kernels', [True, False])
+def test_recorded(pretend, kernels):
+    "Recorded means that a recording was replayed, which short texts do not live to see"
+    model = model_of('llama')
+    ids,mask = prompt(model, 2, True)
+    g = HLWQGenerator(model, use_kernels=kernels)
+    if kernels: g.step = TheirStep(g)
+    what,ask = 'kernels' if kernels else 'transformers',dict(attention_mask=mask, eos_token_id=[])
+    for new,recorded in ((1, False), (2, False), (20, True), (2, True), (1, False)):
+        assert torch.equal(g(ids, new, **ask), theirs(model, ids, mask, new=new, eos_token_id=[]))
+        assert g.report.step == what + ', recorded'*recorded and g.report.no_kernels == '' and (g.report.capture_seconds is not None) == (new == 20)
+    plain = HLWQGenerator(model, use_kernels=kernels, use_graphs=False)
+    if kernels: plain.step = TheirStep(plain)
+    plain(ids, 20, **ask)
+    assert plain.report.step == what
+
+def test_why_no_kernels(pretend, monkeypatch):
+    model = model_of('qwen3_next')
+    ids = prompt(model, 1, False)[0]
+    def told(g, **kw): g(ids, 2, **kw); return g.report.step,g.report.no_kernels
+    step,why = told(HLWQGenerator(model))
+    assert step == 'transformers' and 'interleaved' in why
+    assert told(HLWQGenerator(model, use_kernels=False)) == ('transformers', '')
+    assert told(HLWQGenerator(model), cache=static_cache(model.config, 32)) == ('transformers', 'the cache is that of the caller')
+    monkeypatch.setattr(sys.modules['hlwq.generate'], 'why_no_kernels', lambda device: 'HLWQ_KERNELS=off')
+    g = HLWQGenerator(model)
+    assert told(g) == ('transformers', 'HLWQ_KERNELS=off') and 'no kernels: HLWQ_KERNELS=off' in repr(g.report)
+
+# --- memory
+
+def held(layer): return [layer.keys, layer.values] if hasattr(layer, 'max_cache_len') else [layer.conv_states[0], layer.recurrent_states[0]]
+
+@pytest.mark.parametrize('kind', [TINY, *ARCHITECTURES])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_cache_bytes(kind, dtype):
+    "What is predicted is what transformers allocates"
+    model = model_of(kind) if dtype == torch.float32 else None if kind == TINY else copy.deepcopy(model_of(kind)).to(dtype)
+    if model is None: return
+    for rows in (1, 3):
+        g = HLWQGenerator(model)
+        g(prompt(model, rows, False)[0], 2, eos_token_id=[])
+        assert cache_bytes(model.config, rows, g.buffers.capacity, dtype) == sum(t.nbytes for o in g.buffers.cache.layers for t in held(o))
+
+@pytest.mark.parametrize('error,full', [(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'), True), (MemoryError(), True), (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True), (RuntimeError('shapes do not fit'), False), (NotImplementedError('no'), False)])
+def test_what_is_missing_memory(error, full):
+    assert out_of_memory(error) == full
+    try:
+        try: raise error
+        except Exception: raise RuntimeError('operation failed due to a previous error during capture')
+    except RuntimeError as e: assert out_of_memory(e) == full
+
+def test_no_machine_has_so_much():
+    model = copy.deepcopy(model_of('llama'))
+    model.config.max_position_embeddings = 10**17
+    ids,_ = prompt(model, 2, False)
+    g = HLWQGenerator(model)
+    want = g(ids, 10, eos_token_id=[])
+    with pytest.raises(ConfigError, match=r'^cpu: out of memory for 2 rows of 10,000,000,000,000,256 tokens, need 20480000.00 TB for their cache') as e: g(ids, 10**16)
+    assert complete(e.value) and all(o in str(e.value) for o in ('rows', 'max_new_tokens', 'prompt', 'prefill_chunk')) and g.buffers is None
+    assert torch.equal(g(ids, 10, eos_token_id=[]), want)
+
+@pytest.mark.parametrize('when', range(5))
+def test_nothing_half_made_stays(when, monkeypatch):
+    "Memory runs out in the n-th forward pass, of a chunk of the prompt or of a step: the cache is free at once, and the next text is right"
+    model = model_of(TINY)
+    g,ids,forward,passes,tensors = HLWQGenerator(model, prefill_chunk=4),prompt(model_of(TINY), 2, False)[0],model.forward,[],[]
+    def full(*args, **kw):
+        passes.append(kw['input_ids'].shape)
+        out = forward(*args, **kw)
+        tensors.extend(weakref.ref(t) for o in g.buffers.cache.layers for t in held(o))
+        if len(passes) == when+1: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return out
+    with monkeypatch.context() as m:
+        m.setattr(model, 'forward', full)
+        with pytest.raises(ConfigError, match='out of memory for 2 rows of 256 tokens, need') as e: g(ids, 20, eos_token_id=[])
+        assert isinstance(e.value.__cause__, torch.OutOfMemoryError) and g.buffers is None and len(passes) == when+1
+        assert tensors and not any(r() is not None for r in tensors), 'the error is still at hand, and holds no tensors'
+    assert torch.equal(g(ids, 20, eos_token_id=[]), theirs(model, ids, new=20, eos_token_id=[]))
+
+def test_memory_while_recording(pretend, monkeypatch):
+    "A recording that is cut off raises an error of its own and leaves its stream in place"
+    stream,side = pretend[0],object()
+    class Recording:
+        def __init__(self, graph): pass
+        def __enter__(self): torch.cuda.set_stream(side)
+        def __exit__(self, *_): raise RuntimeError('CUDA error: operation failed due to a previous error during capture')
+    monkeypatch.setattr(HLWQGenerator, '_record', REAL_RECORD)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', SimpleNamespace); monkeypatch.setattr(torch.cuda, 'graph', Recording)
+    model = model_of('llama')
+    g,ids,choose = HLWQGenerator(model, use_kernels=False),prompt(model_of('llama'), 1, False)[0],HLWQGenerator._choose
+    def full(self, b, logits):
+        if pretend[0] is side: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        choose(self, b, logits)
+    monkeypatch.setattr(HLWQGenerator, '_choose', full)
+    with pytest.raises(ConfigError, match='out of memory for 1 row of 256 tokens'): g(ids, 20, eos_token_id=[])
+    assert g.buffers is None and pretend[0] is stream
+    step = HLWQGenerator._step
+    monkeypatch.setattr(HLWQGenerator, '_choose', choose); monkeypatch.setattr(HLWQGenerator, '_step', lambda self, b: None if pretend[0] is side else step(self, b))    # nothing runs while it is recorded
+    assert torch.equal(g(ids, 20, eos_token_id=[]), theirs(model, ids, new=20, eos_token_id=[]))   # memory was not missing: it goes on unrecorded
+    assert pretend[0] is stream and not g.use_graphs and (g.report.step, g.report.capture_seconds) == ('transformers', None)
+
+def test_memory_for_a_cache_that_is_brought(monkeypatch):
+    model = model_of('llama')
+    g,ids = HLWQGenerator(model),prompt(model_of('llama'), 1, False)[0]
+    def full(*args, **kw): raise MemoryError
+    monkeypatch.setattr(model, 'forward', full)
+    with pytest.raises(ConfigError, match='out of memory'): g(ids, 5, cache=static_cache(model.config, 32))
 
 def test_names():
     assert hlwq.generate is generate and hlwq.HLWQGenerator is HLWQGenerator and hlwq.GenerationReport is GenerationReport

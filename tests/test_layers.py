@@ -17,11 +17,12 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
        'kernels.quantize':'core lloyd_max quantize kernels.layout kernels.lanes',
        'kernels.gemv':'core lloyd_max kernels.cpu kernels.layout kernels.quantize kernels.lanes',
        'kernels.gemm':'core lloyd_max quantize kernels.layout kernels.quantize kernels.lanes kernels.gemv',
-       'kernels.moe':'core lloyd_max kernels.quantize kernels.gemv kernels.gemm',
        'kernels.norms':'core kernels.layout kernels.quantize kernels.lanes',
+       'kernels.moe':'core lloyd_max kernels.quantize kernels.gemv kernels.gemm kernels.norms',
        'kernels.router':'core kernels.layout kernels.quantize kernels.lanes kernels.norms',
        'kernels.attention':'core kernels.layout kernels.quantize kernels.lanes',
-       'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize'},
+       'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize',
+       'kernels.deltanet_prompt':'core kernels.layout kernels.lanes kernels.quantize kernels.deltanet'},
     source='core',
     recipe='core packing source',
     checkpoint='core hadamard lloyd_max packing quantize source',
@@ -36,18 +37,23 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     load='core checkpoint hf linear packed_model',
     sampling='core',
     buffers='core',
-    step='core experts linear kernels.attention kernels.deltanet kernels.norms kernels.router',
+    step='core linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.norms kernels.router',
     generate='buffers core linear sampling step',
+    kv_codec='core hadamard lloyd_max packing quantize',
+    **{'kernels.kv_attention':'core kv_codec lloyd_max kernels.attention kernels.lanes kernels.layout kernels.quantize'},
+    kv_cache='core kv_codec kernels.kv_attention',
+    cache_policy='core',
+    cache_sim='core cache_policy',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
-    bench_decode='bench core generate hf linear packed_model',
-    demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load evaluate screen demo inspection bench export_ct',
+    bench_decode='bench core evaluate generate hf linear packed_model screen',
+    demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim export_ct',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
-USERS = {'evaluate','demo','cli','hf','load'}               # what runs a model or draws it may use transformers and matplotlib as it likes
+USERS = {'evaluate','demo','cli','hf','load','kv_cache'}    # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
     "The full names that one import statement of `hlwq.<name>` reaches: a `from` gives module and names apart"

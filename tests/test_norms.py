@@ -16,14 +16,14 @@ GPU = torch.cuda.is_available()
 if not GPU and not layout.INTERPRETED: pytest.skip('triton was imported without TRITON_INTERPRET before', allow_module_level=True)
 device = torch.device('cuda', torch.cuda.current_device()) if GPU else torch.device('cpu')
 DTYPES = (torch.bfloat16,torch.float16,torch.float32)
-EPS = {torch.bfloat16:2**-7, torch.float16:2**-10, torch.float32:2**-18}     # one step of the dtype, relative; in float32 what a GPU's exponential is off at -20
+EPS = {torch.bfloat16:2**-6, torch.float16:2**-9, torch.float32:2**-18}      # two steps of the dtype, relative, for what is rounded twice; in float32 what a GPU's exponential is off at -20
 TINY = {torch.bfloat16:1e-38, torch.float16:2**-24, torch.float32:1e-38}     # one step where there are no smaller exponents
 
 def rand(*shape, dtype=torch.bfloat16, seed=0, scale=1.): return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed))*scale).to(dtype).to(device)
 def error(y, ref): return float((y.double()-ref.double()).norm()/ref.double().norm().clamp_min(1e-30))
 
 def nearly(y, ref, share=.02):
-    "Equal but for a few that are one step of the dtype away"
+    "Equal but for a few that are one step of the dtype away, or two after two roundings"
     assert y.dtype == ref.dtype and y.shape == ref.shape and not y.isnan().any()
     off = (y.double()-ref.double()).abs()
     assert (off <= EPS[y.dtype]*ref.double().abs()+TINY[y.dtype]).all(), float((off/ref.double().abs()).max())

@@ -8,7 +8,7 @@ pytest.importorskip('transformers')
 from torch import nn
 from hlwq.buffers import Buffers
 from hlwq import linear as linear_module, step as step_module
-from hlwq.core import UnsupportedError
+from hlwq.core import ConfigError,UnsupportedError
 from hlwq.generate import HLWQGenerator
 from hlwq.kernels import layout
 from hlwq.linear import HLWQLinear
@@ -88,6 +88,25 @@ def test_same_logits(kind, rows, padded, n, thin):
         else:
             assert error(y.recurrent_states[0], x.recurrent_states[0]) < 5e-5 and error(y.conv_states[0], x.conv_states[0]) < 5e-5
 
+@torch.no_grad()
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('padded,chunk', [(False, 11), (True, 11), (True, 4)])
+def test_reads_prompts(kind, padded, chunk, monkeypatch):
+    "The whole prompt, or pieces of it: logits, keys and states of the model itself"
+    if not GPU: monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    model = copy.deepcopy(model_of(kind)).to(device)
+    ids,mask = (o.to(device) for o in prompt(model, 2, padded))
+    g,real = generator(model),mask.bool()
+    a,b = Buffers(model, 2, 64),Buffers(model, 2, 64)
+    for o in (a, b): o.fill(ids, real, 0); o.fused = False
+    want,step = g._prefill(a, ids, real, 0),DecodeStep(model)
+    step.bind(b)
+    g.step,g.prefill_chunk,b.fused = step,chunk,True
+    assert error(g._prefill(b, ids, real, 0), want) < 5e-5
+    for x,y in zip(a.cache.layers, b.cache.layers):
+        if hasattr(x, 'keys'): assert error(y.keys[:, :, :11][real[:, None].expand(*x.keys.shape[:2], 11)], x.keys[:, :, :11][real[:, None].expand(*x.keys.shape[:2], 11)]) < 5e-5
+        else: assert error(y.recurrent_states[0], x.recurrent_states[0]) < 5e-5 and error(y.conv_states[0], x.conv_states[0]) < 5e-5
+
 @pytest.mark.parametrize('kind', ('llama', 'qwen3_moe', 'qwen3_5_moe_text'))
 def test_as_good_in_bfloat16(kind, monkeypatch):
     "Not further from float32 than transformers is in bfloat16"
@@ -166,6 +185,7 @@ def test_recorded_is_eager(kind, kernels, dtype, monkeypatch):
         for _ in range(2):
             tokens = g(ids, 100, attention_mask=mask, eos_token_id=[])
             assert g.buffers.fused == kernels and (g.report.capture_seconds is None or g.report.capture_seconds < 5)
+            assert g.report.step == ('kernels' if kernels else 'transformers') + ', recorded'*graphs and g.report.no_kernels == ''
             res.append((tokens, g.buffers.all.clone())); g.buffers.all.zero_()
     for tokens,logits in res[1:]: assert torch.equal(tokens, res[0][0]) and torch.equal(logits, res[0][1])
 
@@ -187,3 +207,17 @@ def test_recordings_are_void_when_weights_move():
     model.cpu(); junk = torch.randn(1 << 24, device=device); model.to(device)
     assert torch.equal(g(ids, 30, eos_token_id=[]), first)
     del junk
+
+@pytest.mark.skipif(not GPU, reason='needs a GPU')
+def test_memory_is_given_back():
+    "A cache that no GPU has room for is refused by name, and what was allocated on the way is free again"
+    model = copy.deepcopy(model_of('llama')).to(device)
+    model.config.max_position_embeddings = 10**10
+    ids = prompt(model, 1, False)[0].to(device)
+    g = HLWQGenerator(model)
+    want = g(ids, 30, eos_token_id=[])
+    g.buffers = None
+    before = torch.cuda.memory_allocated(device)
+    with pytest.raises(ConfigError, match='cuda:0: out of memory for 1 row of 1,000,000,256 tokens, need 2.05 TB'): g(ids, 10**9, eos_token_id=[])
+    assert torch.cuda.memory_allocated(device) == before and g.buffers is None
+    assert torch.equal(g(ids, 30, eos_token_id=[]), want)

@@ -135,6 +135,19 @@ def test_experts_in_two_kernels(gpu, layer, monkeypatch):
     layer.swiglu = True
     assert error(layer(x.float(), ids, weights), want) < 1e-5 and len(calls) == 1          # the matrix unit would round
 
+@pytest.mark.parametrize('grouped', (False, True))
+def test_many_experts(gpu, layer, grouped, monkeypatch):
+    "More pairs than the kernels for one token take: sorted once for both projections, in parts or all decoded"
+    from hlwq.kernels import moe
+    if grouped: monkeypatch.setattr(moe, '_can_group', lambda x, norms: True)
+    T = 80 if grouped else 18
+    g = torch.Generator().manual_seed(1)
+    x, ids, weights = torch.randn(T, 64, generator=g).bfloat16(), torch.rand(T, 3, generator=g).argsort(1)[:, :2], torch.rand(T, 2, generator=g)
+    got, w1, w2 = layer(x, ids, weights), layer.w13.dequantize(), layer.w2.dequantize()
+    h = torch.einsum('tkoi,ti->tko', w1[ids], x.float())
+    want = torch.einsum('tkoi,tki,tk->to', w2[ids], nn.functional.silu(h[..., :24])*h[..., 24:], weights)
+    assert got.dtype == torch.bfloat16 and error(got, want) < 1e-2
+
 def test_the_layer_operation_is_known_to_torch(gpu, layer):
     up, down = layer.w13.place_(), layer.w2.place_()
     args = torch.randn(1, 64).bfloat16(), torch.tensor([[1]]), torch.rand(1, 1), up.packed.data, up.norm_bits.data, up.key, down.packed.data, down.norm_bits.data, down.key

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SPLITS', 'decode_attention_ref', 'shares_ref', 'share_of', 'dot16', 'softmax_step', 'load_rows', 'prefetch_rows',
-           'store_part', 'shared_bytes', 'attention_shape', 'decode_attention']
+           'store_part', 'combine_parts', 'shared_bytes', 'attention_shape', 'decode_attention']
 
 # %% ../../nbs/19_attention.ipynb #0f24b8fa
 from functools import lru_cache
@@ -157,24 +157,29 @@ def _split_kernel(Q, K, V, LENGTH, START, WS, q_row, q_head, k_row, k_head, v_ro
 
 # %% ../../nbs/19_attention.ipynb #ea555de7
 @triton.jit
-def _combine_kernel(WS, OUT, LENGTH, START, out_row, out_head, row_step, capacity, window, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                    GRAIN: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)                          # row and query head
-    row = i // (HEADS*GROUP)
-    _, _, _, live = share_of(LENGTH, START, row, 0, row_step, capacity, window, GRAIN, SPLITS)
-    wait_for_predecessor(EARLY)
+def combine_parts(WS, OUT, i, heads, at, live, GROUP: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, DT: tl.constexpr):
+    "Makes one result of what the first `live` programs found for query head i of all rows' heads: BD columns from `at` on"
     part = tl.arange(0, PARTS)
-    d = tl.program_id(1)*BD + tl.arange(0, BD)
+    d = at + tl.arange(0, BD)
     there = part < live
     j = ((i // GROUP)*SPLITS + part)*GROUP + i % GROUP
-    n = tl.num_programs(0).to(tl.int64)*SPLITS
+    n = heads.to(tl.int64)*SPLITS
     acc = tl.load(WS + j[:, None]*D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
     m = tl.load(WS + n*D + j, mask=there, other=float('-inf'))
     l = tl.load(WS + n*(D + 1) + j, mask=there, other=0)
     top = tl.max(m, 0)
     w = tl.exp2(m - tl.where(top == float('-inf'), 0.0, top))
     y = tl.sum(acc*w[:, None], 0)/tl.sum(l*w, 0)               # NaN where there was nothing to see
-    tl.store(OUT + row*out_row + (i % (HEADS*GROUP))*out_head + d, narrow(y, DT), mask=d < D)
+    tl.store(OUT + d, narrow(y, DT), mask=d < D)
+
+@triton.jit
+def _combine_kernel(WS, OUT, LENGTH, START, out_row, out_head, row_step, capacity, window, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                    GRAIN: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)                          # row and query head
+    row = i // (HEADS*GROUP)
+    _, _, _, live = share_of(LENGTH, START, row, 0, row_step, capacity, window, GRAIN, SPLITS)
+    wait_for_predecessor(EARLY)
+    combine_parts(WS, OUT + row*out_row + (i % (HEADS*GROUP))*out_head, i, tl.num_programs(0), tl.program_id(1)*BD, live, GROUP, SPLITS, D, BD, PARTS, DT)
 
 # %% ../../nbs/19_attention.ipynb #fc2e8fd9
 MAX_SPLITS = 128                                               # programs for the keys of one head, at most

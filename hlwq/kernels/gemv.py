@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GEMV_MAX_BLOCKS', 'gemv_ref', 'look_up', 'pair', 'lane_table', 'load_words', 'tile_dot', 'rotated_column', 'load4',
-           'rotated_columns', 'shape_key', 'gemv_shape', 'gemv', 'launch_gemv']
+           'rotated_columns', 'shape_key', 'gemv_shape', 'shares_pairs', 'gemv', 'launch_gemv']
 
 # %% ../../nbs/12_gemv.ipynb #25448059
 import json
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../../nbs/12_gemv.ipynb #67dd85e0
+# %% ../../nbs/12_gemv.ipynb #5d42fa96
 from ..core import BLOCK_SIZE, asset_path
 from ..lloyd_max import Codebook
 from .cpu import packed_matmul_ref, rotate_ref
 from .layout import on_device, untile_ref
 from .quantize import TL_DTYPE
-from .lanes import PTX, bfly, butterflies32, early_start, load_block, low_halves, mma, narrow, pack2, shfl, unpack2, wait_for_predecessor
+from .lanes import bfly, butterflies32, early_start, from_shared, load_block, low_halves, mma, narrow, pack2, shared_table, shfl, unpack2, wait_for_predecessor
 
 # %% ../../nbs/12_gemv.ipynb #c0c52a74
 def gemv_ref(
@@ -38,7 +38,7 @@ def gemv_ref(
     if dtype: xr, c = xr.to(dtype).float(), c.to(dtype).float()
     return packed_matmul_ref(xr*BLOCK_SIZE**.5, untile_ref(tiles, len(norms)), norms, c, book.bits)
 
-# %% ../../nbs/12_gemv.ipynb #8c8b8d1b
+# %% ../../nbs/12_gemv.ipynb #b02ea53f
 @triton.jit
 def _stream(words, AT: tl.constexpr, N: tl.constexpr):
     "N bits from bit AT of a lane's words, in the low bits; what stands above is not cleared"
@@ -57,9 +57,10 @@ def look_up(c, table, TABLE, BITS: tl.constexpr):
     return v
 
 @triton.jit
-def pair(words, J: tl.constexpr, table, TABLE, BITS: tl.constexpr):
+def pair(words, J: tl.constexpr, table, TABLE, BITS: tl.constexpr, PAIRS: tl.constexpr = False):
     "The centroids of codes J and J+1 in one register"
     if BITS == 2: v = shfl(table[0], _stream(words, 2*J, 4))
+    elif PAIRS: v = from_shared(_stream(words, BITS*J, 2*BITS), table, TABLE, 1 << 2*BITS)
     else:
         a = look_up(_stream(words, BITS*J, BITS), table, TABLE, BITS)
         b = look_up(_stream(words, BITS*J + BITS, BITS), table, TABLE, BITS)
@@ -86,20 +87,20 @@ def load_words(T, at, ok, BITS: tl.constexpr):
     return lo, hi
 
 @triton.jit
-def tile_dot(lo, hi, x, table, TABLE, zero, BITS: tl.constexpr, DT: tl.constexpr):
+def tile_dot(lo, hi, x, table, TABLE, zero, BITS: tl.constexpr, DT: tl.constexpr, PAIRS: tl.constexpr = False):
     "16 rows of one block times the eight columns in x: eight matrix instructions"
     c = (zero, zero, zero, zero)
     for s in tl.static_range(8):
-        c = mma(pair(lo, 4*s, table, TABLE, BITS), pair(hi, 4*s, table, TABLE, BITS), pair(lo, 4*s + 2, table, TABLE, BITS), pair(hi, 4*s + 2, table, TABLE, BITS),
+        c = mma(pair(lo, 4*s, table, TABLE, BITS, PAIRS), pair(hi, 4*s, table, TABLE, BITS, PAIRS), pair(lo, 4*s + 2, table, TABLE, BITS, PAIRS), pair(hi, 4*s + 2, table, TABLE, BITS, PAIRS),
             x[2*s], x[2*s + 1], c, DT)
     return c
 
-# %% ../../nbs/12_gemv.ipynb #0fa58c82
+# %% ../../nbs/12_gemv.ipynb #e6521c51
 @lru_cache(maxsize=256)
-def _pair_table(book, device, dtype):
-    "Centroids in a 16-bit dtype as int32; at two bits all pairs of them"
+def _pair_table(book, device, dtype, pairs=False):
+    "Centroids in a 16-bit dtype as int32; at two bits, and where asked for, all pairs of them"
     c = book.centroids.cpu().to(dtype).view(torch.int16).int() & 0xffff
-    if book.bits == 2: c = (c[:, None] | (c[None] << 16)).flatten()
+    if book.bits == 2 or pairs: c = (c[:, None] | (c[None] << 16)).flatten()
     return c.to(device)
 
 # %% ../../nbs/12_gemv.ipynb #630934a3
@@ -134,7 +135,7 @@ def rotated_columns(v, DT: tl.constexpr):
     for i in tl.static_range(16): r = r + (pack2(v[2*i]*0.0078125, v[2*i + 1]*0.0078125, DT),)
     return r
 
-# %% ../../nbs/12_gemv.ipynb #48d65b78
+# %% ../../nbs/12_gemv.ipynb #c2e82ee6
 @triton.jit
 def _load_tile(T, NORMS, tile, b, rows, lane, NB: tl.constexpr, BITS: tl.constexpr):
     "Words and norms of one tile, zeros where there is none"
@@ -211,7 +212,7 @@ def _add_up(sums, OUT, first, rows, q, W: tl.constexpr, WK: tl.constexpr, TILES:
 
 @triton.jit
 def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_stride, n_stride, NB: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, WK: tl.constexpr, TILES: tl.constexpr,
-                 MODE: tl.constexpr, TOPK: tl.constexpr, EARLY: tl.constexpr, DT: tl.constexpr):
+                 MODE: tl.constexpr, TOPK: tl.constexpr, EARLY: tl.constexpr, PAIRS: tl.constexpr, DT: tl.constexpr):
     NJ: tl.constexpr = NB*TOPK if MODE == 2 else NB            # blocks of the activation: in mode 2 those of all experts of a token
     NBW: tl.constexpr = (NJ + WK - 1)//WK                      # of these, a warp has so many
     WR: tl.constexpr = W // WK
@@ -223,7 +224,8 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
     first = tl.program_id(0)*(WR*TILES)
     tile = first + ((tid >> 5)//WK)*TILES
     y = tl.program_id(1)
-    table = lane_table(TABLE, lane, 16 if BITS == 2 else 1 << BITS, BITS)
+    table = (lane, lane)
+    if not PAIRS: table = lane_table(TABLE, lane, 16 if BITS == 2 else 1 << BITS, BITS)
     zero = tl.zeros((32*W,), tl.float32)
     start = zero
     if MODE == 1:
@@ -235,7 +237,8 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
         T += e*t_stride
         NORMS += e*n_stride
     present = _load_row_tile(T, NORMS, IDS, y, tile, wk, rows, lane, n_experts, t_stride, n_stride, NB, BITS, WK, NBW, MODE, TOPK)
-    if MODE != 1: wait_for_predecessor(EARLY)                  # weights are on their way already
+    if PAIRS: table = shared_table(TABLE, tid, 1 << 2*BITS, W) # weights are on their way already
+    if MODE != 1: wait_for_predecessor(EARLY)
     xs = _activation(X, IDS, WEIGHTS, y, wk, lane, K, n_experts, NB, NJ, WK, NBW, MODE, TOPK, DT)
     odd = (q & 1) != 0
     sums = ()
@@ -247,11 +250,11 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
         for k in tl.static_range(NBW):
             lo, hi, n0, n1 = present[k]
             if SHARED:
-                c = tile_dot(lo, hi, xs[0], table, TABLE, zero, BITS, DT)
+                c = tile_dot(lo, hi, xs[0], table, TABLE, zero, BITS, DT, PAIRS)
                 s0 = tl.where(q == k//2, tl.fma(c[k % 2], n0, s0), s0)                   # column k is in lanes q = k//2
                 s1 = tl.where(q == k//2, tl.fma(c[2 + k % 2], n1, s1), s1)
             else:
-                c = tile_dot(lo, hi, xs[k], table, TABLE, zero, BITS, DT)
+                c = tile_dot(lo, hi, xs[k], table, TABLE, zero, BITS, DT, PAIRS)
                 s0 = tl.fma(c[0], n0, s0)
                 s1 = tl.fma(c[2], n1, s1)
         if SHARED:
@@ -263,7 +266,7 @@ def _gemv_kernel(X, T, NORMS, TABLE, OUT, IDS, WEIGHTS, rows, K, n_experts, t_st
         present = following
     _add_up(sums, OUT + y.to(tl.int64)*rows, first, rows, q, W, WK, TILES, DT)
 
-# %% ../../nbs/12_gemv.ipynb #0a1b036c
+# %% ../../nbs/12_gemv.ipynb #6c28dae5
 @lru_cache(maxsize=16)
 def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 4
@@ -286,18 +289,28 @@ def gemv_shape(
     n_blocks:int, # blocks in a row
     bits:int, # bits per code
     device:torch.device, # where it runs
-) -> tuple: # warps of a program, warps that share a row tile, row tiles of a warp
+) -> tuple: # warps of a program, warps that share a row tile, row tiles of a warp; and, if not by rule, whether pairs are looked up in shared memory
     "Chooses how a matrix is divided among warps"
     if device.type == 'cuda':
         known = _tuned().get(torch.cuda.get_device_name(device), {}).get(shape_key(n_tiles*16, n_blocks*BLOCK_SIZE, bits))
         if known: return tuple(known)
     sms = _multiprocessors(device)
     each = ceil(n_tiles/sms)                                   # row tiles of a multiprocessor, if all work at once
+    if bits in (3, 4) and each >= 4 and 16 <= n_blocks <= 64 and n_blocks % 8 == 0: return 8, 8, 4
     fits = [k for k in (1, 2, 4, 8, 16, 32) if k <= n_blocks and ceil(n_blocks/k) <= 8 and (k < 32 or each > 2 or n_blocks > 128)]
     waste = {k:ceil(n_blocks/k)*k for k in fits or [32]}       # blocks that a row tile costs, those that are not there included
     wk = max(k for k,w in waste.items() if w <= 1.1*min(waste.values()))
     if wk < 16 and each > 1: return wk*2, wk, min(8, max(1, ceil(each/2)))
     return wk, wk, min(8, each) if ceil(n_blocks/wk) <= 2 else 1
+
+def shares_pairs(
+    n_blocks:int, # blocks in a row
+    bits:int, # bits per code
+    shape:tuple, # from gemv_shape
+    mode:int=0, # of the kernel
+) -> bool:
+    "Tells whether a program has enough to do to fill a table of pairs in shared memory first"
+    return bits in (3, 4) and mode == 0 and shape[2]*ceil(n_blocks/shape[1]) >= 8
 
 GEMV_MAX_BLOCKS = 32*8                                         # 32,768 columns; wider matrices go through the small-batch kernel
 
@@ -317,8 +330,9 @@ def gemv(
 def launch_gemv(x, tiles, norms, book, out, ids, weights, rows, K, shape, mode, topk, y, early=True):
     "Starts the kernel of this page, for one matrix or for experts; early only if codes, norms and (in mode 2) ids are older than the kernel before it"
     *_, n, nb, bits, _, _ = tiles.shape
-    w, wk, t = shape
+    w, wk, t, *asked = shape
+    pairs = asked[0] if asked else shares_pairs(nb, bits, shape, mode)
     early = early and early_start(x.device)
     with on_device(x.device):
-        _gemv_kernel[(ceil(n/(w//wk*t)), y)](x, tiles.view(torch.int64), norms, _pair_table(book, x.device, x.dtype), out, ids, weights, rows, K, len(tiles), n*nb*bits*32, rows*nb,
-            NB=nb, BITS=bits, W=w, WK=wk, TILES=t, MODE=mode, TOPK=topk, EARLY=early, DT=TL_DTYPE[x.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))
+        _gemv_kernel[(ceil(n/(w//wk*t)), y)](x, tiles.view(torch.int64), norms, _pair_table(book, x.device, x.dtype, pairs), out, ids, weights, rows, K, len(tiles), n*nb*bits*32, rows*nb,
+            NB=nb, BITS=bits, W=w, WK=wk, TILES=t, MODE=mode, TOPK=topk, EARLY=early, PAIRS=pairs, DT=TL_DTYPE[x.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))

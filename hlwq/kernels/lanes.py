@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PTX', 'why_no_ptx', 'shfl', 'bfly', 'bits16', 'narrow', 'pack2', 'unpack2', 'low_halves', 'byteswap', 'ld4', 'st4',
-           'mma', 'butterflies32', 'tree32', 'load_block', 'store_block', 'early_start', 'wait_for_predecessor']
+           'shared_table', 'from_shared', 'mma', 'butterflies32', 'tree32', 'load_block', 'store_block', 'early_start',
+           'wait_for_predecessor']
 
 # %% ../../nbs/10a_lanes.ipynb #9947c5ac
 import torch
@@ -111,6 +112,33 @@ def st4(p, v, ok):
     else:
         w = p.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4): tl.store(w + i, v[i], mask=ok)
+
+# %% ../../nbs/10a_lanes.ipynb #dcb2c9b2
+@triton.jit
+def _room_for(N: tl.constexpr, like):
+    "The address of shared memory for N entries a bank"
+    if N == 64: r = tl.inline_asm_elementwise(".shared .align 128 .b8 hlwq_table[8192]; mov.u32 $0, hlwq_table;", "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1)
+    else: r = tl.inline_asm_elementwise(".shared .align 128 .b8 hlwq_table[32768]; mov.u32 $0, hlwq_table;", "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1)
+    return r
+
+@triton.jit
+def shared_table(TABLE, tid, N: tl.constexpr, W: tl.constexpr):
+    "Copies a table of N = 64 or 256 entries to shared memory, once for each bank, by W warps; once in a kernel. Gives its address and the place of a lane in an entry"
+    base = tid
+    if PTX:
+        base = _room_for(N, tid)
+        for i in tl.static_range(N//W):
+            e = (tid >> 5) + i*W
+            tl.inline_asm_elementwise("{ .reg .b32 a; add.u32 a, $1, $2; st.shared.b32 [a], $3; mov.b32 $0, 0; }", "=r,r,r,r", [base, e*128 + (tid & 31)*4, tl.load(TABLE + e)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+    return base, (tid & 31)*4
+
+@triton.jit
+def from_shared(c, table, TABLE, N: tl.constexpr):
+    "Entry c of the table; what stands above its bits does not matter"
+    if PTX: r = tl.inline_asm_elementwise("{ .reg .b32 a; add.u32 a, $1, $2; ld.shared.b32 $0, [a]; }", "=r,r,r", [((c << 7) & ((N - 1) << 7)) | table[1], table[0]], dtype=tl.int32, is_pure=False, pack=1)
+    else: r = tl.load(TABLE + (c & (N - 1)))
+    return r
 
 # %% ../../nbs/10a_lanes.ipynb #83eae310
 @triton.jit

@@ -13,11 +13,12 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# %% ../../nbs/14_moe.ipynb #92765893
-from ..core import UnsupportedError
+# %% ../../nbs/14_moe.ipynb #be72973d
+from ..core import BLOCK_SIZE, UnsupportedError
 from ..lloyd_max import Codebook
 from .gemm import CHECKED, check_first_use, compare_first_use, dense, launch_small, rotated_fragments, _DENSE_WEIGHTS
 from .gemv import gemv_ref, launch_gemv, _multiprocessors
+from .norms import silu_mul
 from .quantize import TL_DTYPE
 
 # %% ../../nbs/14_moe.ipynb #bbd8c448
@@ -78,7 +79,7 @@ def expert_down(
     launch_gemv(gate_up, tiles, norms, book, out, ids, weights, norms.shape[1], gate_up.shape[1]//2, shape, 2, topk, S//topk, settled)
     return out
 
-# %% ../../nbs/14_moe.ipynb #2d4d0ce3
+# %% ../../nbs/14_moe.ipynb #80a827a9
 def expert_parts(
     ids:Tensor, # (S,) int64 expert of each pair
     n_experts:int, # experts there are
@@ -106,17 +107,21 @@ def expert_gemm(
     tiles:Tensor, # (E, n_tiles, n_blocks, bits, 32, 2) int32
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # the codebook that encoded them
+    nt:int=None, # rows of a part, in eights: 1, 2, 4 or 8; by default about as many as an expert gets
 ) -> Tensor: # (S, out_features), dtype of x
-    "Multiplies many tokens with the experts they are routed to; each expert is decoded once for every 64 of its tokens"
-    E, S = len(tiles), len(ids)
-    nt = next((n for n in (1, 2, 4) if S <= 6*n*E), 8)          # about as many rows as an expert gets
-    place, pair, expert = expert_parts(ids, E, 8*nt)
-    xf = rotated_fragments(x, torch.where(pair >= 0, rows[pair.clamp_min(0)], -1))
-    out = x.new_empty(len(pair), norms.shape[1])
-    launch_small(xf, tiles, norms, book, out, expert, len(pair), norms.shape[1], None, nt, grouped=True)
-    return out[place]
+    "Multiplies many tokens with the experts they are routed to; each expert is decoded once for every 8*nt of its tokens"
+    nt = nt or _part_size(len(ids), len(tiles))
+    place, pair, expert = expert_parts(ids, len(tiles), 8*nt)
+    return _by_parts(x, torch.where(pair >= 0, rows[pair.clamp_min(0)], -1), expert, nt, tiles, norms, book)[place]
 
-# %% ../../nbs/14_moe.ipynb #0bf304e9
+def _part_size(S, E): return 1 if S <= 16*E else 2 if S <= 64*E else 4          # in eights of rows: decoding is what costs, and small parts leave less room unused
+
+def _by_parts(x, rows, expert, nt, tiles, norms, book): # rows of x in the order of parts, -1 for none; (places, out_features)
+    out = x.new_empty(len(rows), norms.shape[1])
+    launch_small(rotated_fragments(x, rows), tiles, norms, book, out, expert, len(rows), norms.shape[1], None, nt, grouped=True)
+    return out
+
+# %% ../../nbs/14_moe.ipynb #25917d56
 GEMV_MAX_PAIRS = 32                                            # four tokens of eight experts
 
 def expert_matmul(
@@ -132,7 +137,9 @@ def expert_matmul(
     Raises UnsupportedError if a kernel computes something else than the reference."""
     S, E = len(ids), len(tiles)
     if not S: return x.new_empty(0, norms.shape[1])
-    if x.dtype not in (torch.bfloat16, torch.float16) or S > 32*E: return _through_dense(x, rows, ids, tiles, norms, book)
+    if x.dtype not in (torch.bfloat16, torch.float16) and S <= GEMV_MAX_PAIRS and norms.shape[1] % 16 == 0: return _gathered(x, rows, ids, tiles, norms, book)
+    if x.dtype not in (torch.bfloat16, torch.float16): return _through_dense(x, rows, ids, tiles, norms, book)
+    if S > 48*E and _can_group(x, norms): return _grouped(x, rows, ids, tiles, norms, book)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
     if S <= GEMV_MAX_PAIRS: name, y = 'expert_gemv', expert_gemv(x[rows], ids, 1, tiles, norms, book)
     else: name, y = 'expert_gemm', expert_gemm(x.contiguous(), rows, ids, tiles, norms, book)
@@ -144,6 +151,30 @@ def _check(name, x, rows, ids, y, tiles, norms, book):
     if (name, x.device, x.dtype, book.bits) in CHECKED: return
     e = int(ids[0])
     check_first_use(name, x[rows[:1]], y[:1], tiles[e], norms[e], book)
+
+def _gathered(x, rows, ids, tiles, norms, book): # few pairs in float32: the matrices of each pair, without asking the CPU
+    S, out = len(ids), norms.shape[1]
+    w = dense(tiles[ids].flatten(0, 1), norms[ids].flatten(0, 1), book, x.shape[1], torch.float32)
+    return torch.bmm(w.view(S, out, -1), x[rows].float()[..., None])[..., 0].to(x.dtype)
+
+_GROUPED_WEIGHTS = 1 << 29                                     # decoded at one time for a product of torch: 1 GB
+
+def _can_group(x, norms):
+    fits = norms.numel()*BLOCK_SIZE <= _GROUPED_WEIGHTS and x.shape[1] % 8 == 0 and norms.shape[1] % 16 == 0
+    return fits and x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and hasattr(torch.nn.functional, 'grouped_mm')
+
+def _sorted(ids, E): # order of pairs by expert, and where each expert ends in it
+    return ids.argsort(stable=True), torch.zeros(E, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids)).cumsum(0).int()
+
+def _all_decoded(x, ends, tiles, norms, book): # rows sorted by expert, times all experts decoded at once
+    w = dense(tiles.flatten(0, 1), norms.flatten(0, 1), book, x.shape[1], x.dtype).view(*norms.shape[:2], -1)
+    return torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends)
+
+def _grouped(x, rows, ids, tiles, norms, book):
+    order, ends = _sorted(ids, len(tiles))
+    y = x.new_empty(len(ids), norms.shape[1])
+    y[order] = _all_decoded(x[rows[order]], ends, tiles, norms, book)
+    return y
 
 def _through_dense(x, rows, ids, tiles, norms, book):
     dtype, (E, out, _) = x.dtype if x.dtype in TL_DTYPE else torch.float32, norms.shape
@@ -158,7 +189,7 @@ def _through_dense(x, rows, ids, tiles, norms, book):
             if len(at): y[at] = x[rows[at]] @ w[e-a].t()
     return y
 
-# %% ../../nbs/14_moe.ipynb #b1701e48
+# %% ../../nbs/14_moe.ipynb #5d4c0641
 def expert_layer(
     x:Tensor, # (T, hidden) float16 or bfloat16
     ids:Tensor, # (T, topk) int64 experts of each token
@@ -166,17 +197,36 @@ def expert_layer(
     up:tuple, # tiles (E, ...), norms (E, 2*inner, n_blocks) and codebook of gate and up, gate first
     down:tuple, # tiles, norms (E, hidden, n_blocks) and codebook of the second projection
 ) -> Tensor: # (T, hidden), dtype of x
-    """Sends a few tokens through their experts, with silu(gate)*up between the two projections.
+    """Sends tokens through their experts, with silu(gate)*up between the two projections: a few in two kernels, many sorted by expert once for both.
 
     Raises UnsupportedError if a kernel computes something else than the reference."""
     T, topk = ids.shape
     x, flat, weights = x.contiguous(), ids.reshape(-1).contiguous(), weights.reshape(-1).contiguous()
+    if len(flat) > GEMV_MAX_PAIRS: return _many(x, flat, weights, topk, up, down)
     h = expert_gemv(x, flat, topk, *up)
     y = expert_down(h, flat, weights, topk, *down, settled=True)              # they are older than expert_gemv
     if ('expert_down', x.device, x.dtype, down[2].bits) not in CHECKED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         _check('expert_gemv', x, torch.arange(len(flat), device=x.device)//topk, flat, h, *up)
         _check_down(x, h[:topk], flat[:topk], weights[:topk], y[:1], *down)
     return y
+
+def _many(x, ids, weights, topk, up, down): # tokens of a prompt: pairs stay in the order of parts, or of experts, from one projection to the next
+    E, S = len(up[0]), len(ids)
+    if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
+    if S > 48*E and _can_group(x, up[1]) and _can_group(x, down[1]):
+        place, ends = _sorted(ids, E)
+        y = torch.empty(S, down[1].shape[1], dtype=x.dtype, device=x.device)
+        y[place] = _all_decoded(silu_mul(*_all_decoded(x[place//topk], ends, *up).chunk(2, 1)), ends, *down)
+    else:
+        nt = _part_size(S, E)
+        place, pair, expert = expert_parts(ids, E, 8*nt)
+        h = _by_parts(x, torch.where(pair >= 0, pair//topk, -1), expert, nt, *up)
+        act = silu_mul(*h.chunk(2, 1))
+        y = _by_parts(act, torch.where(pair >= 0, torch.arange(len(pair), device=x.device), -1), expert, nt, *down)
+        _check('expert_gemm', x, torch.zeros_like(ids[:1]), ids, h[place[:1]], *up)
+        _check('expert_gemm', act, place, ids, y[place[:1]], *down)
+        y = y[place]
+    return (y*weights[:, None]).view(-1, topk, y.shape[1]).sum(1).to(x.dtype)
 
 def _check_down(x, h, ids, weights, y, tiles, norms, book):
     "Like check_first_use, for the sum over a token's experts"
