@@ -58,7 +58,7 @@ def entries(
     return [(f'{k}.weight_shape', 'I64', (2,)), (f'{k}.weight_packed', 'I32', (o, i*unit.bits//32)), (f'{k}.weight_scale', 'BF16', (o, i//GROUP))]
 
 # %% ../nbs/50_export_ct.ipynb #60c584da
-FUSED = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'), ('w1', 'w3'), ('in_proj_qkv', 'in_proj_z'), ('q_a_proj', 'kv_a_proj_with_mqa'))
+FUSED = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'), ('w1', 'w3'), ('in_proj_qkv', 'in_proj_z'), ('in_proj_b', 'in_proj_a'), ('q_a_proj', 'kv_a_proj_with_mqa'))
 
 def _check_pieces(pieces):
     "Raises an error for matrices that cannot be written as groups of integers"
@@ -211,9 +211,7 @@ def plan_export(
 
     Raises ConfigError, CheckpointError or UnsupportedError for anything that could not be exported."""
     check_width(bits)
-    weights = _open(src, False)
-    try: return _planned(weights, bits, recipe, min_coverage)
-    finally: weights.close()
+    with closing(_open(src, False)) as weights: return _planned(weights, bits, recipe, min_coverage)
 
 # %% ../nbs/50_export_ct.ipynb #4262bf53
 class _Plain:
@@ -338,21 +336,22 @@ def export_compressed_tensors(
 
     Raises ConfigError, CheckpointError, NonFiniteError, UnsupportedError or OSError, each before any work where that is possible."""
     check_width(bits)
-    weights, device, times, start = _open(src), pick_device(device), _Times(), time.perf_counter()
-    source = weights.source
-    if not source.files: raise ConfigError(f"{source.path}: only a config.json, need weights to export; plan_export works without them")
-    _check_paths(source.path, out)
-    p = _planned(weights, bits, recipe, min_coverage)
-    shards = _cut(p.units, max_shard_size)
-    mark = dict(tool=__version__, format='compressed-tensors', library=p.config['version'], bits=bits, signed=signed, max_shard_size=max_shard_size, shards=len(shards), **_digests(p.plan, source))
-    total = sum(source.tensors[r.name].nbytes for r in p.plan.rows if r.action != 'drop')
-    try:
-        with CheckpointWriter(out, mark, p.nbytes, resume, overwrite) as cw, _bar(progress, total, 0, 'export') as bar:
-            _write_shards(cw, weights, shards, device, signed, times, bar.update)
+    device, times, start = pick_device(device), _Times(), time.perf_counter()
+    with closing(_open(src)) as weights:
+        source = weights.source
+        if not source.files: raise ConfigError(f"{source.path}: only a config.json, need weights to export; plan_export works without them")
+        _check_paths(source.path, out)
+        p = _planned(weights, bits, recipe, min_coverage)
+        shards = _cut(p.units, max_shard_size)
+        mark = dict(tool=__version__, format='compressed-tensors', library=p.config['version'], bits=bits, signed=signed, max_shard_size=max_shard_size, shards=len(shards), **_digests(p.plan, source))
+        with CheckpointWriter(out, mark, p.nbytes, resume, overwrite) as cw:
+            done = sum(_nbytes_read(source, g) for n,g in shards.items() if n in cw.done)
+            with _bar(progress, sum(_nbytes_read(source, g) for g in shards.values()), done, 'export') as bar: _write_shards(cw, weights, shards, device, signed, times, bar.update)
             _finish(cw, source, p, shards)
-    finally: weights.close()
     p.measured.update(times, total=time.perf_counter() - start)
     return p
+
+def _nbytes_read(source, units): return sum(u.out*u.width*DTYPES[u.row.dtype].itemsize if isinstance(u, Piece) else source.tensors[u.name].nbytes for u in units)
 
 def _write_shards(cw, weights, shards, device, signed, times, tick):
     "Writes the shards that are not there yet"

@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from common import python
 from kit import CONFIG,L,complete,gaussian,snapshot,tensors_of,toy,write_model,write_small
+import hlwq.export_ct
 from hlwq import export_compressed_tensors,plan_export
 from hlwq.checkpoint import CheckpointReader,CheckpointWriter
 from hlwq.cli import main,resume_command
@@ -19,6 +20,7 @@ from hlwq.export_ct import Piece,name_patterns,row_pieces
 from hlwq.groups import ct_scheme,decode_groups,encode_groups,search_scales
 from hlwq.quantize import _in_threads
 from hlwq.recipe import Recipe,Rule
+from hlwq.source import open_source
 
 LIBRARY = BaseCompressor.get_value_from_registry('pack-quantized')
 TINY = asset_path('tiny-moe-10m')
@@ -273,6 +275,32 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch, after):
     export(src, tmp_path/'e', max_shard_size=300_000)
     assert len(made) == len(set(made)) and files_of(tmp_path/'e') == files_of(tmp_path/'whole')
 
+def test_progress_counts_what_was_done(tmp_path, monkeypatch):
+    "The bar ends at its total, and begins where the last run ended"
+    src,bars,finish = write_model(tmp_path/'m', toy(2, 256, 512, 4), 2),[],CheckpointWriter.finish_shard
+    @contextlib.contextmanager
+    def bar(progress, total, done, what):
+        seen = [done, done, total]; bars.append(seen)
+        class B:
+            def update(self, n): seen[1] += n
+        yield B()
+    monkeypatch.setattr(hlwq.export_ct, '_bar', bar)
+    def stop(self, name, sha256=None): finish(self, name, sha256); raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(CheckpointWriter, 'finish_shard', stop)
+        with pytest.raises(KeyboardInterrupt): export(src, tmp_path/'e', max_shard_size=300_000)
+    export(src, tmp_path/'e', max_shard_size=300_000)
+    (first,_,total),(again,end,same) = bars
+    assert first == 0 < again < total == end == same == sum(o.nbytes for o in tensors_of(src).values())
+
+def test_from_an_open_source(tmp_path):
+    "It can be read again afterwards, and holds no file open, also if the plan was refused"
+    with open_source(TINY) as s:
+        with pytest.raises(ConfigError): plan_export(s, recipe=Recipe(rules=[Rule(r'q_proj', bits=8)]))
+        with pytest.raises(ConfigError): export(s, tmp_path/'e', recipe=Recipe(rules=[Rule(r'q_proj', bits=8)]))
+        assert not s._open and export(s, tmp_path/'e').n_tensors == plan_export(s).n_tensors == 689 and not s._open
+        assert len(s.read('model.embed_tokens.weight')) and s._open
+
 def test_overwrites_only_when_told(tmp_path):
     src = write_model(tmp_path/'m', toy(1, 256, 256, 2))
     export(src, tmp_path/'e')
@@ -304,6 +332,7 @@ def test_bits(tmp_path, bits, error): refused(tmp_path, error, 'need 4 or 8', TI
 
 @pytest.mark.parametrize('rule,match', [
     (Rule(r'q_proj', bits=8), 'q_proj at 8 bits, k_proj at 4 bits'), (Rule(r'v_proj', keep='a test'), 'v_proj kept'), (Rule(r'in_proj_z', bits=8), 'in_proj_qkv at 4 bits, in_proj_z at 8 bits'),
+    (Rule(r'in_proj_a', bits=4, force=True), 'in_proj_a at 4 bits, in_proj_b kept|in_proj_b kept, in_proj_a at 4 bits'),
     (Rule(r'shared_expert\.up_proj', bits=8), 'up_proj at 8 bits'), (Rule(r'experts\.\d+\.down_proj', bits=8), 'one scheme for all experts'), (Rule(r'layers\.1.*\.experts\.', bits=8), 'one scheme for all experts'),
     (Rule(r'layers\.1.*\.experts\.', keep='a test'), 'kept, need one width'), (Rule(r'o_proj', bits=5), 'bits: 5, need 4 or 8')])
 def test_recipes_that_no_server_could_run(tmp_path, rule, match): refused(tmp_path, (ConfigError,UnsupportedError), match, TINY, recipe=Recipe(rules=[rule]))
