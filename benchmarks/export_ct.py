@@ -25,9 +25,9 @@ import json, sys, time
 import torch
 from hlwq.export_ct import export_compressed_tensors
 from hlwq.groups import encode_groups
-encode_groups(torch.randn(1024, 1024))                         # the library is imported before the clock starts
+encode_groups(torch.randn(1024, 1024, device=sys.argv[3]))      # the library is imported and the device awake before the clock starts
 start = time.perf_counter()
-plan = export_compressed_tensors(sys.argv[1], sys.argv[2], progress=False)
+plan = export_compressed_tensors(sys.argv[1], sys.argv[2], device=sys.argv[3], progress=False)
 wall = time.perf_counter() - start
 rss = 1024*int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
 print(json.dumps(dict(wall=wall, peak_rss=rss, weights=plan.quantized_params, nbytes=plan.nbytes, measured=plan.measured)))
@@ -59,7 +59,7 @@ def errors(size):
 
 def speed(gb, tmp, rounds):
     "Weights a second: encoding alone with one thread and with all, and the whole export"
-    w, threads, alone = torch.randn(4096, 4096).bfloat16(), torch.get_num_threads(), {}
+    w, threads, alone, load = torch.randn(4096, 4096).bfloat16(), torch.get_num_threads(), {}, round(os.getloadavg()[0], 1)
     for n in sorted({1, threads}):
         torch.set_num_threads(n)
         encode_groups(w)
@@ -69,13 +69,27 @@ def speed(gb, tmp, rounds):
         alone[n] = w.numel()/best
     torch.set_num_threads(threads)
     src = tmp/'src'; src.mkdir(); make(src, gb)
-    runs = []
-    for _ in range(rounds):
-        r = subprocess.run([sys.executable, '-c', CHILD, str(src), str(tmp/'out')], capture_output=True, text=True, check=True)
-        runs.append(json.loads(r.stdout.splitlines()[-1]) | dict(load=round(os.getloadavg()[0], 1)))
-        shutil.rmtree(tmp/'out')
+    def exports(device): return [exported(src, tmp/'out', device) for _ in range(rounds)]
+    runs = exports('cpu')
+    res = dict(encode=alone, source_bytes=int(gb*1e9), load_before=load, runs=runs, best=min(runs, key=lambda r: r['wall']))
+    if torch.cuda.is_available(): res['gpu'] = gpu(w, rounds) | dict(runs=exports('cuda:0'))
     shutil.rmtree(src)
-    return dict(encode=alone, source_bytes=int(gb*1e9), runs=runs, best=min(runs, key=lambda r: r['wall']))
+    return res
+
+def exported(src, out, device):
+    "One export in a process of its own, as the kernel saw it"
+    load = round(os.getloadavg()[0], 1)
+    r = subprocess.run([sys.executable, '-c', CHILD, str(src), str(out), device], capture_output=True, text=True, check=True)
+    shutil.rmtree(out)
+    return json.loads(r.stdout.splitlines()[-1]) | dict(load=load)
+
+def gpu(w, rounds):
+    "Encoding from GPU memory, and whether the codes are those of the CPU"
+    on, best = w.cuda(), math.inf
+    same = all(torch.equal(a.cpu(), b) for bits in (4, 8) for a, b in zip(encode_groups(on, bits), encode_groups(w, bits)))
+    for _ in range(rounds):
+        torch.cuda.synchronize(); start = time.perf_counter(); encode_groups(on); torch.cuda.synchronize(); best = min(best, time.perf_counter() - start)
+    return dict(name=torch.cuda.get_device_name(), encode=w.numel()/best, same_as_cpu=same)
 
 def plans(tmp):
     "What an export of the seed's architecture holds, from its config alone"
@@ -98,6 +112,13 @@ def load(folder, dtype):
     wrong = {k:sorted(map(str, info[k]))[:8] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys') if info[k]}
     if wrong: raise SystemExit(f'{folder}: {wrong}')
     return model.eval()
+
+def unpacked(folder, dtype):
+    "The export with experts in the model's dtype: transformers unpacks them in bfloat16, leaves them so in a float32 model, and then rounds activations too"
+    model = load(folder, dtype)
+    for n, w in model.named_parameters():
+        if '.experts.' in n and w.is_floating_point(): w.data = w.data.to(dtype)
+    return model
 
 def reference(model, p, t, dtype, folder):
     "The original with code times scale for every weight: products in bfloat16, or in float32 except for experts, which transformers always unpacks in bfloat16"
@@ -124,27 +145,29 @@ def readers(model, texts, max_tokens, tmp):
     res, tokenizer = dict(model=Path(model).name, **p.to_json(), library_equal=equal, texts={}), AutoTokenizer.from_pretrained(model)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix('torch.')
-        models = dict(original=load(model, dtype), export=load(tmp/'int4', dtype), reference=load(reference(model, p, t, dtype, tmp/f'reference-{name}'), dtype))
+        models = dict(original=load(model, dtype), export=load(tmp/'int4', dtype), cast=unpacked(tmp/'int4', dtype), reference=load(reference(model, p, t, dtype, tmp/f'reference-{name}'), dtype))
         for f in texts:
             tokens = load_text_tokens(Path(f), tokenizer, max_tokens)
             with contextlib.redirect_stderr(io.StringIO()): ppl = {k: float(perplexity(m, tokens).ppl) for k,m in models.items()}
-            res['texts'].setdefault(Path(f).stem, {})[name] = ppl | dict(tokens=len(tokens), relative=ppl['export']/ppl['reference'] - 1)
+            res['texts'].setdefault(Path(f).stem, {})[name] = ppl | dict(tokens=len(tokens), relative=ppl['export']/ppl['reference'] - 1, relative_cast=ppl['cast']/ppl['reference'] - 1)
     return res
 
 def markdown(r):
     e, s, m = r['errors'], r['speed'], r['model']
+    g = s.get('gpu')
+    fast = [f"| encoding from memory, {g['name']}, codes {'as on the CPU' if g['same_as_cpu'] else 'NOT as on the CPU'} | {g['encode']/1e6:,.0f} |", f"| the same export on it | {max(o['weights']/o['wall'] for o in g['runs'])/1e6:,.0f} |"] if g else []
     lines = ['# Export to compressed-tensors', '', '## Relative error of the weights', '', '| | ' + ' | '.join(e) + ' |', '|---|' + '--:|'*len(e),
         *(f"| {k} | " + ' | '.join(f'{v[k]:.4f}' for v in e.values()) + ' |' for k in next(iter(e.values()))), '',
         f"{r['size']} x {r['size']} weights each, groups of 128, scales in bfloat16. Signed scales are an option.", '',
         '## Speed', '', '| | M weights/s |', '|---|--:|', *(f"| encoding from memory, {n} thread{'s' if int(n) > 1 else ''} | {v/1e6:.0f} |" for n,v in s['encode'].items()),
-        f"| export of {human_bytes(s['source_bytes'])} of bfloat16 weights, files to files | {s['best']['weights']/s['best']['wall']/1e6:.0f} |", '',
-        f"The export took {s['best']['wall']:.1f} s and {human_bytes(s['best']['peak_rss'])} of memory at its peak, libraries included; of {len(s['runs'])} runs this is the fastest, the slowest took {max(o['wall'] for o in s['runs']):.1f} s.", '',
+        f"| export of {human_bytes(s['source_bytes'])} of bfloat16 weights, files to files | {s['best']['weights']/s['best']['wall']/1e6:.0f} |", *fast, '',
+        f"The export took {s['best']['wall']:.1f} s and {human_bytes(s['best']['peak_rss'])} of memory at its peak, libraries included; of {len(s['runs'])} runs this is the fastest, the slowest took {max(o['wall'] for o in s['runs']):.1f} s. Load of the machine before: {s['load_before']}.", '',
         '## Planned from a config alone: Qwen3.6-35B-A3B', '', '| | matrices | kept | tensors | without `weight_shape` | bytes | bits a weight | seconds |', '|---|' + '--:|'*7,
         *(f"| {k} | {o['n_matrices']:,} | {o['kept']:,} | {o['n_tensors']:,} | {o['without_shapes']:,} | {human_bytes(o['nbytes'])} | {o['bits_per_weight']:.3f} | {o['seconds']} |" for k,o in r['plans'].items()), '',
         f"## {m['model']}, read by others", '', f"{m['n_matrices']:,} matrices, {human_bytes(m['nbytes'])}. The library unpacks {m['library_equal']:,} of them to the bits of our reference; transformers loads all with no key missing, left over or of another shape.", '',
-        '| text | dtype | tokens | original | export | reference | export / reference - 1 |', '|---|---|' + '--:|'*5,
-        *(f"| {t} | {d} | {o['tokens']:,} | {o['original']:.4f} | {o['export']:.4f} | {o['reference']:.4f} | {o['relative']:.1e} |" for t,v in m['texts'].items() for d,o in v.items()), '',
-        'Perplexities. The reference is the original with code times scale in place of each weight, rounded as transformers rounds it: in bfloat16, or for a model that is loaded in float32, in float32 except for experts, which it unpacks in bfloat16 always.', '', said(r)]
+        '| text | dtype | tokens | original | export | reference | export / reference - 1 | the same, experts cast to the dtype |', '|---|---|' + '--:|'*6,
+        *(f"| {t} | {d} | {o['tokens']:,} | {o['original']:.4f} | {o['export']:.4f} | {o['reference']:.4f} | {o['relative']:.1e} | {o['relative_cast']:.1e} |" for t,v in m['texts'].items() for d,o in v.items()), '',
+        'Perplexities. The reference is the original with code times scale in place of each weight, rounded as transformers rounds it: experts in bfloat16, everything else in the dtype of the model. In a float32 model transformers 5.24 also leaves experts in bfloat16 and computes with them there, which the last column undoes.', '', said(r)]
     return '\n'.join(lines)
 
 def main():
