@@ -222,6 +222,18 @@ def test_towers_and_draft_layers_are_ignored_whole():
     for n in (*names, 'visual.blocks.26.mlp.gate_up_proj', 'mtp.layers.0.mlp.experts.3.up_proj', 'language_model.model.layers.9.mlp.experts.0.down_proj'): assert hit(n), n
     for n in ('model.layers.0.self_attn.q_proj', 'model.layers.1.self_attn.o_proj', 'model.layers.0.mlp.shared_expert.up_proj', 'model.layers.12.self_attn.o_proj'): assert not hit(n), n
 
+def test_vision_and_draft_tensors_stay_and_are_ignored(tmp_path):
+    "By name and by pattern, under the names of a server too; the rest of the model is not touched by these patterns"
+    extra = {k:gaussian(256, 256) for k in ('model.visual.blocks.0.attn.qkv.weight','model.visual.merger.linear_fc1.weight','mtp.fc.weight','mtp.layers.0.self_attn.q_proj.weight','mtp.layers.0.mlp.experts.0.up_proj.weight','lm_head.weight')}
+    t = {k.replace('model.layers', 'model.language_model.layers'):v for k,v in toy(2, 256, 512, 4).items()} | extra
+    src = write_model(tmp_path/'m', t)
+    p = export(src, tmp_path/'e')
+    got,ignore = tensors_of(tmp_path/'e'),p.config['ignore']
+    for k in extra: assert torch.equal(got[k], t[k]) and k.removesuffix('.weight') in ignore, k
+    patterns = [o for o in ignore if o.startswith('re:')]
+    for n in ('visual.blocks.0.attn.qkv','visual.merger.linear_fc1','mtp.layers.0.self_attn.q_proj','mtp.layers.0.mlp.experts.1.down_proj','language_model.lm_head'): assert any(match_name(n, o) for o in patterns), n
+    for q in p.pieces: assert not any(match_name(q.key.replace('model.language_model', 'language_model.model'), o) for o in ignore), q.key
+
 def test_patterns_hit_nothing_quantized():
     "Names that differ in a letter and a digit, numbers at the end, and draft layers with a number too high"
     quantized = [f'model.layers.{i}.mlp.experts.{e}.{w}' for i in range(3) for e in range(2) for w in ('w1','w2','w3')] + ['model.stem.0', 'model.stem.1', 'model.layers.0.mlp.w3']
