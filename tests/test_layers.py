@@ -18,7 +18,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
        'kernels.gemv':'core lloyd_max kernels.cpu kernels.layout kernels.quantize kernels.lanes',
        'kernels.gemm':'core lloyd_max quantize kernels.layout kernels.quantize kernels.lanes kernels.gemv',
        'kernels.norms':'core kernels.layout kernels.quantize kernels.lanes',
-       'kernels.moe':'core lloyd_max kernels.quantize kernels.gemv kernels.gemm kernels.norms',
+       'kernels.moe':'core lloyd_max kernels.layout kernels.lanes kernels.quantize kernels.gemv kernels.gemm kernels.norms',
        'kernels.router':'core kernels.layout kernels.quantize kernels.lanes kernels.norms',
        'kernels.attention':'core kernels.layout kernels.quantize kernels.lanes',
        'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize',

@@ -185,7 +185,8 @@ def test_recorded_is_eager(kind, kernels, dtype, monkeypatch):
         for _ in range(2):
             tokens = g(ids, 100, attention_mask=mask, eos_token_id=[])
             assert g.buffers.fused == kernels and (g.report.capture_seconds is None or g.report.capture_seconds < 5)
-            assert g.report.step == ('kernels' if kernels else 'transformers') + ', recorded'*graphs and g.report.no_kernels == ''
+            recorded = graphs and not (kind in ('qwen3_moe', 'qwen3_5_moe_text') and dtype == torch.float32)    # the dense experts of transformers ask the host then
+            assert g.report.step == ('kernels' if kernels else 'transformers') + ', recorded'*recorded and g.report.no_kernels == ''
             res.append((tokens, g.buffers.all.clone())); g.buffers.all.zero_()
     for tokens,logits in res[1:]: assert torch.equal(tokens, res[0][0]) and torch.equal(logits, res[0][1])
 
@@ -218,6 +219,6 @@ def test_memory_is_given_back():
     want = g(ids, 30, eos_token_id=[])
     g.buffers = None
     before = torch.cuda.memory_allocated(device)
-    with pytest.raises(ConfigError, match='cuda:0: out of memory for 1 row of 1,000,000,256 tokens, need 2.05 TB'): g(ids, 10**9, eos_token_id=[])
+    with pytest.raises(ConfigError, match='cuda:0: out of memory for 1 row of 1,000,000,256 tokens, need 1.02 TB'): g(ids, 10**9, eos_token_id=[])
     assert torch.cuda.memory_allocated(device) == before and g.buffers is None
     assert torch.equal(g(ids, 30, eos_token_id=[]), want)
