@@ -29,6 +29,7 @@ _modules = dict(
     cache_policy='ExpertTable',
     cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
+    export_ct='export_compressed_tensors plan_export ExportPlan',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}
 __all__ = list(_homes)

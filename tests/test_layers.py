@@ -28,6 +28,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core kernels.quantize lloyd_max quantize source recipe checkpoint',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
+    groups='core quantize',
+    export_ct='core quantize source recipe checkpoint convert groups',
     linear='core hadamard kernels.cpu kernels.gemm kernels.layout lloyd_max packing quantize',
     experts='core hadamard kernels.cpu kernels.moe linear lloyd_max quantize',
     packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
@@ -48,10 +50,10 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim export_ct',
 ).items()}
 
-LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
+LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
 USERS = {'evaluate','demo','cli','hf','load','kv_cache'}    # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
@@ -113,7 +115,7 @@ BLOCK = '''
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
+        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
 sys.meta_path.insert(0, Blocked())
 '''
 
