@@ -1,5 +1,5 @@
 "Attention over codes against its definition in float64: in the interpreter on a CPU, for real where there is a GPU"
-import copy,itertools,os,subprocess,sys,warnings
+import copy,itertools,os,re,subprocess,sys,warnings
 import torch
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')     # before triton is imported
 import pytest
@@ -357,7 +357,7 @@ def test_what_it_cannot_serve(model, ids):
 # --- compiled for GPUs that need not be there
 
 COMPILE = '''
-import re,subprocess,sys,tempfile,triton,triton.language as tl
+import subprocess,sys,tempfile,triton,triton.language as tl
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
