@@ -1582,6 +1582,7 @@ d = { 'settings': { 'branch': 'main',
                            'hlwq.step.NormStep.__init__': ('step.html#normstep.__init__', 'hlwq/step.py'),
                            'hlwq.step._cache_name': ('step.html#_cache_name', 'hlwq/step.py'),
                            'hlwq.step._merge': ('step.html#_merge', 'hlwq/step.py'),
+                           'hlwq.step._merged': ('step.html#_merged', 'hlwq/step.py'),
                            'hlwq.step.decoder_of': ('step.html#decoder_of', 'hlwq/step.py'),
                            'hlwq.step.mixer_step': ('step.html#mixer_step', 'hlwq/step.py'),
                            'hlwq.step.norm_kind': ('step.html#norm_kind', 'hlwq/step.py')}}}

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .core import UnsupportedError
 from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled
 
-# %% ../nbs/25_step.ipynb #836e9b07
+# %% ../nbs/25_step.ipynb #d2f07be3
 class Joined:
     "Several projections of one vector as one product; the layers keep views of the joined weight, so that memory stays the same"
     def __init__(self,
@@ -29,12 +29,20 @@ class Joined:
 
 def _merge(params): # one tensor, of which each parameter becomes a part
     if len(params) == 1: return params[0].data
+    if (whole := _merged(params)) is not None: return whole
     whole, at = torch.cat([p.data for p in params]), 0
     for p in params:
         part = whole[at:at+len(p)]
         replace_data_(p, lambda _: part)
         at += len(part)
     return whole
+
+def _merged(params): # the tensor of which they are parts already, because somebody else joined them; None otherwise
+    first, at = params[0].data, params[0].data_ptr()
+    for p in params:
+        if p.data_ptr() != at or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or not p.is_contiguous(): return
+        at += p.nbytes
+    return first.as_strided((sum(map(len, params)), *first.shape[1:]), first.stride())
 
 THIN_MAX_FEATURES = 512                                        # up to so many rows, matrices of 16 bits need not be joined: one kernel reads several
 

@@ -357,7 +357,7 @@ def test_what_it_cannot_serve(model, ids):
 # --- compiled for GPUs that need not be there
 
 COMPILE = '''
-import subprocess,sys,tempfile,triton,triton.language as tl
+import re,subprocess,sys,tempfile,triton,triton.language as tl
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
