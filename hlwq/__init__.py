@@ -26,6 +26,7 @@ _modules = dict(
     load='load_model',
     kv_cache='HLWQCache',
     generate='generate HLWQGenerator GenerationReport',
+    custom_generate='custom_generate',
     cache_policy='ExpertTable',
     cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',

@@ -40,6 +40,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     step='core linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.norms kernels.router',
     prompts='buffers core',
     generate='buffers core linear prompts sampling step',
+    custom_generate='core generate',
     kv_codec='core hadamard lloyd_max packing quantize',
     **{'kernels.kv_attention':'core kv_codec lloyd_max kernels.attention kernels.lanes kernels.layout kernels.quantize'},
     kv_cache='core kv_codec kernels.kv_attention',
