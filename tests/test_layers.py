@@ -46,8 +46,9 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
+    bench_kv='bench bench_decode core evaluate generate kernels.attention kernels.kv_attention kv_cache screen',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv cache_sim kv_cache',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
