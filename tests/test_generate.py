@@ -150,7 +150,7 @@ def test_chunks_have_the_same_logits():
 @pytest.mark.parametrize('doubling', [False, True])
 def test_wider_keys_on_the_way(doubling, monkeypatch):
     "On a GPU the step sees 256 keys, past them 512; elsewhere the width follows in steps of 64. Buffers that are kept serve short texts after long ones"
-    if doubling: monkeypatch.setattr(Buffers, 'width_for', lambda b, n, real=Buffers.width_for: real(SimpleNamespace(own=True, capacity=b.capacity, device=torch.device('cuda')), n))
+    if doubling: monkeypatch.setattr(Buffers, 'width_for', lambda b, n, real=Buffers.width_for: real(SimpleNamespace(own=True, coded=[], capacity=b.capacity, device=torch.device('cuda')), n))
     model = model_of('llama', max_position_embeddings=2048)
     g,seen = HLWQGenerator(model, 64),[]
     step = g._step
