@@ -103,16 +103,17 @@ def packed_expert_linear(
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # on the same device
     way:str='grouped_mm', # "eager", "grouped_mm" or "batched_mm"
+    like:tuple=None, # (pairs, experts) to choose a kernel by, for a part of a call or a stack that holds more than one layer; by default what is there
 ) -> Tensor: # (S, out_features), dtype of x
     "Multiplies activations with the experts that they are routed to; no gradient flows"
     check_operands(x, packed, norms.shape[-1])
     if not len(ids): return x.new_empty(0, norms.shape[1])
     if x.device.type == 'cpu' and not (0 <= int(ids.min()) and int(ids.max()) < len(packed)):      # a GPU would have to be waited for
         raise ConfigError(f"experts: numbers from {int(ids.min())} to {int(ids.max())}, need 0 to {len(packed)-1}; check the router")
-    if tiled(packed): return _moe(packed).expert_matmul(x, rows, ids.long(), packed, norms, book)
+    if tiled(packed): return _moe(packed).expert_matmul(x, rows, ids.long(), packed, norms, book, like)
     xr, ids = rotate_fast(x), ids.long().contiguous()
     if x.device.type != 'cpu': xr = xr.to(x.dtype)
-    if on_cpu(x.device) and len(ids) <= 4*cpu.GEMV_MAX_ROWS: way = 'batched_mm'
+    if on_cpu(x.device) and (like[0] if like else len(ids)) <= 4*cpu.GEMV_MAX_ROWS: way = 'batched_mm'
     return WAYS[way](xr, rows, ids, packed, norms, book).to(x.dtype)
 
 # %% ../nbs/21_experts.ipynb #9bb111d9

@@ -38,7 +38,7 @@ class HLWQGenerator:
         if prefill_chunk < 1: raise ConfigError(f"prefill_chunk: {prefill_chunk}, need at least 1; 2048 is the default")
         self.model,self.prefill_chunk,self.use_graphs,self.buffers,self.report = model,prefill_chunk,use_graphs,None,None
         self.use_kernels,self.step,self.addresses,self.why_no_step = use_kernels,None,None,'' if use_kernels else 'use_kernels is False'
-        self.replayed,self.no_kernels = False,''               # about the last call, for its report
+        self.replayed,self.no_kernels,self.no_graph = False,'',''    # about the last call, for its report
         self.config = model.config.get_text_config(decoder=True)
         self.cache_name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
         kinds = set(getattr(self.config, 'layer_types', None) or ())
@@ -76,7 +76,7 @@ def _step(self:HLWQGenerator, b):
 # %% ../nbs/42_generate.ipynb #d08d2fd0
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
-    b.fused,self.no_kernels = False,''
+    b.fused,self.no_kernels,self.no_graph = False,'',''
     if b.device.type != 'cuda': return
     if b.own: self._follow(b)
     why = why_no_kernels(b.device) or ('' if b.own else 'the cache is that of the caller') or self._make_step()
@@ -84,6 +84,7 @@ def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else tha
     else:
         self.step.bind(b)
         b.fused = True
+    self.no_graph = next((why for m in self.model.modules() if (f := getattr(m, 'why_no_graph', None)) and (why := f(b.batch))), '')
 
 @patch
 def _make_step(self:HLWQGenerator): # why there is none, or nothing
@@ -106,7 +107,7 @@ def addresses(
     model, # any model
 ) -> list: # of its parameters
     "Tells where the weights of a model are"
-    return [p.data_ptr() for p in model.parameters()]
+    return [p.data_ptr() for p in model.parameters()] + [o.address for o in [getattr(model, 'offload', None)] if o is not None]
 
 @patch
 def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last position
@@ -140,7 +141,7 @@ def _record(self:HLWQGenerator, b, key):
 @patch
 def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in the cache
     if not b.fused and (width := b.width_for(n)) != b.width: b.show(width)
-    if b.device.type != 'cuda' or not self.use_graphs or not b.own: return self._step(b)
+    if b.device.type != 'cuda' or not self.use_graphs or not b.own or self.no_graph: return self._step(b)
     key = (b.fused or b.width, self.how, self.eos, self.pad)
     if key not in b.graphs and b.warm.setdefault(key, 0) == 2: self._record(b, key)
     if key in b.graphs:
@@ -183,6 +184,7 @@ class GenerationReport:
     interrupted:bool=False # whether the user stopped it
     step:str='' # what computed the tokens after the first: "kernels, recorded", "transformers, recorded", either without recording, or "model.generate"
     no_kernels:str='' # why kernels of ours did not compute the step on a GPU, if they were wanted
+    no_graph:str='' # why the step was not recorded on a GPU, if a module of the model cannot be
 
     @property
     def prompt_tokens_per_second(self): return self.prompt_tokens/self.first_seconds if self.first_seconds else None
@@ -194,7 +196,7 @@ class GenerationReport:
                  ('first token', f'{1e3*self.first_seconds:,.1f} ms', '')]
         if self.peak_bytes: lines.append(('peak memory', human_bytes(self.peak_bytes), ''))
         if self.capture_seconds is not None: lines.append(('recording', f'{self.capture_seconds:.2f} s', ''))
-        if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else ''))
+        if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else f'not recorded: {self.no_graph}' if self.no_graph else ''))
         return lines + [('interrupted', 'yes', '')]*self.interrupted
     def to_json(self): return asdict(self) | dict(prompt_tokens_per_second=self.prompt_tokens_per_second, decode_tokens_per_second=self.decode_tokens_per_second)
     def __repr__(self): return '\n'.join(f'{a:<12} {b:>14}  {c}'.rstrip() for a,b,c in self._lines())
@@ -395,12 +397,12 @@ def __call__(self:HLWQGenerator,
     why = why_not(model, cache)
     if why:
         out = self._fall_back(why, ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
-        new,step,self.no_kernels = _written(out[:, length:], self.eos, self.pad),'model.generate',''
+        new,step,self.no_kernels,self.no_graph = _written(out[:, length:], self.eos, self.pad),'model.generate','',''
     else:
         with self._room(rows, length+max_new_tokens-1): out,new,step,interrupted = self._continue(ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
     end = perf_counter()
     first = clock[0] if clock else end
-    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels)
+    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, self.no_graph)
     return out
 
 def _written(new, eos, pad): # tokens in (rows, n) up to the end of each row

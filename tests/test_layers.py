@@ -42,6 +42,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     kv_cache='core kv_codec kernels.kv_attention',
     cache_policy='core',
     cache_sim='core cache_policy',
+    **{'kernels.slots':'core kernels.layout kernels.lanes'},
+    offload='core cache_policy cache_sim experts kernels.moe kernels.slots linear lloyd_max quantize bank',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',

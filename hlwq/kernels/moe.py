@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GEMV_MAX_PAIRS', 'expert_ref', 'expert_gemv', 'expert_down', 'expert_parts', 'expert_gemm', 'expert_matmul',
-           'expert_layer']
+           'expert_layer', 'ByGroups', 'expert_prompt']
 
 # %% ../../nbs/14_moe.ipynb #718e429b
+from itertools import accumulate
 from math import ceil
 
 # %% ../../nbs/14_moe.ipynb #0c09cdbf
@@ -131,18 +132,22 @@ def expert_matmul(
     tiles:Tensor, # (E, n_tiles, n_blocks, bits, 32, 2) int32
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # the codebook that encoded them
+    like:tuple=None, # (pairs, experts) to choose the kernel by, for a part of a call or a stack that holds more than one layer; by default what is there
 ) -> Tensor: # (S, out_features), dtype of x
     """Multiplies activations with the experts they are routed to, by the fastest kernel for their number.
 
     Raises UnsupportedError if a kernel computes something else than the reference."""
-    S, E = len(ids), len(tiles)
-    if not S: return x.new_empty(0, norms.shape[1])
+    S, E = like or (len(ids), len(tiles))
+    if not len(ids): return x.new_empty(0, norms.shape[1])
     if x.dtype not in (torch.bfloat16, torch.float16) and S <= GEMV_MAX_PAIRS and norms.shape[1] % 16 == 0: return _gathered(x, rows, ids, tiles, norms, book)
     if x.dtype not in (torch.bfloat16, torch.float16): return _through_dense(x, rows, ids, tiles, norms, book)
-    if S > 48*E and _can_group(x, norms): return _grouped(x, rows, ids, tiles, norms, book)
+    if S > 48*E and _can_group(x, norms, E):
+        if not like: return _grouped(x, rows, ids, tiles, norms, book)
+        used, ids = ids.unique(return_inverse=True)            # the others are not decoded
+        return _grouped(x, rows, ids, tiles[used], norms[used], book)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
     if S <= GEMV_MAX_PAIRS: name, y = 'expert_gemv', expert_gemv(x[rows], ids, 1, tiles, norms, book)
-    else: name, y = 'expert_gemm', expert_gemm(x.contiguous(), rows, ids, tiles, norms, book)
+    else: name, y = 'expert_gemm', expert_gemm(x.contiguous(), rows, ids, tiles, norms, book, _part_size(S, E))
     _check(name, x, rows, ids, y, tiles, norms, book)
     return y
 
@@ -159,8 +164,8 @@ def _gathered(x, rows, ids, tiles, norms, book): # few pairs in float32: the mat
 
 _GROUPED_WEIGHTS = 1 << 29                                     # decoded at one time for a product of torch: 1 GB
 
-def _can_group(x, norms):
-    fits = norms.numel()*BLOCK_SIZE <= _GROUPED_WEIGHTS and x.shape[1] % 8 == 0 and norms.shape[1] % 16 == 0
+def _can_group(x, norms, E):
+    fits = E*norms[0].numel()*BLOCK_SIZE <= _GROUPED_WEIGHTS and x.shape[1] % 8 == 0 and norms.shape[1] % 16 == 0
     return fits and x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and hasattr(torch.nn.functional, 'grouped_mm')
 
 def _sorted(ids, E): # order of pairs by expert, and where each expert ends in it
@@ -196,13 +201,14 @@ def expert_layer(
     weights:Tensor, # (T, topk) what the router gives to each
     up:tuple, # tiles (E, ...), norms (E, 2*inner, n_blocks) and codebook of gate and up, gate first
     down:tuple, # tiles, norms (E, hidden, n_blocks) and codebook of the second projection
+    n_experts:int=None, # experts of the layer, for stacks that hold more; it decides how many tokens are computed
 ) -> Tensor: # (T, hidden), dtype of x
     """Sends tokens through their experts, with silu(gate)*up between the two projections: a few in two kernels, many sorted by expert once for both.
 
     Raises UnsupportedError if a kernel computes something else than the reference."""
     T, topk = ids.shape
     x, flat, weights = x.contiguous(), ids.reshape(-1).contiguous(), weights.reshape(-1).contiguous()
-    if len(flat) > GEMV_MAX_PAIRS: return _many(x, flat, weights, topk, up, down)
+    if len(flat) > GEMV_MAX_PAIRS: return expert_prompt(x, flat, weights, topk, up, down, n_experts or len(up[0]))
     h = expert_gemv(x, flat, topk, *up)
     y = expert_down(h, flat, weights, topk, *down, settled=True)              # they are older than expert_gemv
     if ('expert_down', x.device, x.dtype, down[2].bits) not in CHECKED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -210,23 +216,71 @@ def expert_layer(
         _check_down(x, h[:topk], flat[:topk], weights[:topk], y[:1], *down)
     return y
 
-def _many(x, ids, weights, topk, up, down): # tokens of a prompt: pairs stay in the order of parts, or of experts, from one projection to the next
-    E, S = len(up[0]), len(ids)
+class ByGroups:
+    "Experts that are not all there at once: in which order they come, and where they are then"
+    def __init__(self,
+        rank:Tensor, # (n_experts,) int64, the place of each expert in the order
+        rows:Tensor, # (n,) int64, for each place the number in the stacks of the expert that has it
+        counts:list, # of each of the n places the pairs that are routed to it
+        groups, # iterator of (first, end) places in ascending order; what it gives is in the stacks until it is asked for the next
+    ): self.rank, self.rows, self.counts, self.groups = rank, rows, counts, groups
+
+    def ranges(self,
+        size:int=1, # rows of a part
+    ): # generator of (first place, end, first part, end)
+        "Goes through the groups with the parts of each, or with its pairs"
+        ends = [0, *accumulate(ceil(c/size) for c in self.counts)]
+        for a,b in self.groups: yield a, b, ends[a], ends[b]
+
+def expert_prompt(
+    x:Tensor, # (T, hidden) float16 or bfloat16, contiguous
+    ids:Tensor, # (T*topk,) int64 expert of each pair
+    weights:Tensor, # (T*topk,) what the router gives to each pair
+    topk:int, # pairs of a token
+    up:tuple, # tiles, norms and codebook of gate and up, gate first
+    down:tuple, # tiles, norms and codebook of the second projection
+    n_experts:int, # experts of the layer
+    by:ByGroups=None, # for experts that come one group after the other; by default ids are numbers in the stacks
+) -> Tensor: # (T, hidden), dtype of x
+    "Sends many tokens through their experts. Groups change no bit: each pair is computed by itself, in the way that n_experts and the number of all pairs decide"
+    E, S = n_experts, len(ids)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
-    if S > 48*E and _can_group(x, up[1]) and _can_group(x, down[1]):
-        place, ends = _sorted(ids, E)
-        y = torch.empty(S, down[1].shape[1], dtype=x.dtype, device=x.device)
-        y[place] = _all_decoded(silu_mul(*_all_decoded(x[place//topk], ends, *up).chunk(2, 1)), ends, *down)
-    else:
-        nt = _part_size(S, E)
-        place, pair, expert = expert_parts(ids, E, 8*nt)
-        h = _by_parts(x, torch.where(pair >= 0, pair//topk, -1), expert, nt, *up)
-        act = silu_mul(*h.chunk(2, 1))
-        y = _by_parts(act, torch.where(pair >= 0, torch.arange(len(pair), device=x.device), -1), expert, nt, *down)
-        _check('expert_gemm', x, torch.zeros_like(ids[:1]), ids, h[place[:1]], *up)
-        _check('expert_gemm', act, place, ids, y[place[:1]], *down)
-        y = y[place]
+    if by: ids = by.rank[ids]
+    way = _prompt_by_dense if S > 48*E and _can_group(x, up[1], E) and _can_group(x, down[1], E) else _prompt_by_parts
+    y = way(x, ids, topk, up, down, E, by)
     return (y*weights[:, None]).view(-1, topk, y.shape[1]).sum(1).to(x.dtype)
+
+def _prompt_by_dense(x, ids, topk, up, down, E, by): # pairs stay in the order of experts from one projection to the next
+    if not by and len(up[0]) > E: used, ids = ids.unique(return_inverse=True)         # of a stack for several layers, the others are not decoded
+    else: used = None
+    n = len(by.rows) if by else len(up[0]) if used is None else len(used)
+    place, ends = _sorted(ids, n)
+    y = torch.empty(len(ids), down[1].shape[1], dtype=x.dtype, device=x.device)
+    for a,b,p,q in by.ranges() if by else [(0, n, 0, len(ids))]:
+        if q == p: continue
+        rows = by.rows[a:b] if by else used
+        u, d = (s if rows is None else (s[0][rows], s[1][rows], s[2]) for s in (up, down))
+        at, here = place[p:q], (ends[a:b] - p).int()
+        y[at] = _all_decoded(silu_mul(*_all_decoded(x[at//topk], here, *u).chunk(2, 1)), here, *d)
+    return y
+
+def _prompt_by_parts(x, ids, topk, up, down, E, by): # pairs stay in the order of parts from one projection to the next
+    nt, n = _part_size(len(ids), E), len(by.rows) if by else len(up[0])
+    place, pair, expert = expert_parts(ids, n, 8*nt)
+    token = torch.where(pair >= 0, pair//topk, -1)
+    if by: expert = torch.where(expert >= 0, by.rows[expert.clamp_min(0)], -1)
+    y = torch.empty(len(pair), down[1].shape[1], dtype=x.dtype, device=x.device) if by else None
+    for _,_,p,q in by.ranges(8*nt) if by else [(0, n, 0, len(expert))]:
+        if q == p: continue
+        at = slice(8*nt*p, 8*nt*q)
+        h = _by_parts(x, token[at], expert[p:q], nt, *up)
+        act = silu_mul(*h.chunk(2, 1))
+        z = _by_parts(act, torch.where(pair[at] >= 0, torch.arange(len(h), device=x.device), -1), expert[p:q], nt, *down)
+        if by: y[at] = z
+        else: y = z
+        _check('expert_gemm', x, token[at][:1], expert[p:q], h[:1], *up)
+        _check('expert_gemm', act, torch.zeros_like(ids[:1]), expert[p:q], z[:1], *down)
+    return y[place]
 
 def _check_down(x, h, ids, weights, y, tiles, norms, book):
     "Like check_first_use, for the sum over a token's experts"
