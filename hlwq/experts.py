@@ -83,7 +83,10 @@ def _batched(xr, rows, ids, packed, norms, book):
     if on_cpu(xr.device): return cpu.packed_matmul_experts(xr[rows], ids, packed, norms, book.centroids, book.bits)
     y = xr.new_empty(len(ids), packed.shape[1])
     for a,b in row_blocks(len(ids), packed.shape[1]*xr.shape[1], xr.device):        # pairs that may be dense at the same time
-        y[a:b] = torch.bmm(dense_experts(packed, norms, ids[a:b], book, xr.dtype), xr[rows[a:b], :, None])[..., 0]
+        w = dense_experts(packed, norms, ids[a:b], book, xr.dtype)
+        if xr.device.type != 'cpu': y[a:b] = torch.bmm(w, xr[rows[a:b], :, None])[..., 0]
+        else:                                                  # one by one: the sums of a CPU's bmm depend on how many there are
+            for s,v in zip(range(a, b), w): y[s] = v @ xr[rows[s]]
     return y
 
 WAYS = dict(eager=_eager, grouped_mm=_grouped, batched_mm=_batched)

@@ -525,10 +525,10 @@ def stats(self:ExpertOffload,
         if self.pool.measured: self.pool.measured = dict(copy=[], stall=[])
     return res
 
-# %% ../nbs/43_offload.ipynb #d879b6ee
+# %% ../nbs/43_offload.ipynb #ea3b7e4e
 def _check_request(bank, found, slots, policy, hot, staging):
     if type(slots) is not int or slots < 1: raise ConfigError(f"slots: {slots!r}, need a whole number from 1, the experts of each layer that stay; 64 is a good one for a layer of 256")
-    if staging is not None and (type(staging) is not int or staging < 0): raise ConfigError(f"staging: {staging!r}, need a whole number of experts, or None")
+    if staging is not None and (type(staging) is not int or staging < 0): raise ConfigError(f"staging: {staging!r}, need a whole number of experts, or None; 32 is the default")
     if list(bank.names) != list(found): raise ConfigError(f"bank: experts of {len(bank.names)} layers beginning with {list(bank.names)[:1]}, need those of the {len(found)} of the model beginning with {list(found)[:1]}; take the bank of this model")
     for (n,m),rows in zip(found.items(), bank.rows):
         if len(rows) != m.num_experts: raise ConfigError(f"bank: {len(rows)} experts in {n}, need {m.num_experts}; take the bank of this model")
