@@ -188,7 +188,8 @@ def _through_dense(x, rows, ids, tiles, norms, book):
     step = max(1, _DENSE_WEIGHTS//(out*x.shape[1])) if out % 16 == 0 else 1                   # experts decoded at one time
     for a in range(0, E, step):
         if ends[min(a + step, E) - 1] == (ends[a-1] if a else 0): continue
-        w = dense(tiles[a:a+step].flatten(0, 1), norms[a:a+step].flatten(0, 1), book, x.shape[1], dtype).view(-1, out, x.shape[1]).to(x.dtype)
+        t, n = (o[a:a+step].contiguous().flatten(0, 1) for o in (tiles, norms))           # a stack may have gaps between its experts
+        w = dense(t, n, book, x.shape[1], dtype).view(-1, out, x.shape[1]).to(x.dtype)
         for e in range(a, min(a + step, E)):
             at = order[(ends[e-1] if e else 0):ends[e]]
             if len(at): y[at] = x[rows[at]] @ w[e-a].t()
