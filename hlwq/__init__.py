@@ -27,6 +27,7 @@ _modules = dict(
     kv_cache='HLWQCache',
     generate='generate HLWQGenerator GenerationReport',
     cache_policy='ExpertTable',
+    offload='offload_experts OffloadStats',
     cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
 )

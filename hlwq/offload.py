@@ -298,7 +298,7 @@ class BankStack(nn.Module):
         d = self.packed.device
         return torch.stack([decoded(p.contiguous().to(d), n.contiguous().to(d), book_on(self.key, d), self.in_features, dtype) for p,n in zip(self._bank('packed'), self.norms)])
 
-# %% ../nbs/43_offload.ipynb #13c2201b
+# %% ../nbs/43_offload.ipynb #f377d315
 class OffloadedExperts(HLWQExperts):
     "Experts of a layer, most of them on the host"
     def __init__(self,
@@ -314,12 +314,14 @@ class OffloadedExperts(HLWQExperts):
             if n not in ('w13', 'w2'): self.add_module(n, child)
         self.__dict__.update(shell=original.shell, shared=shared, layer=layer, pending=None)
 
+def _flat(ids): return ids.reshape(-1).long().contiguous()
+
 @patch
 def fetch(self:OffloadedExperts,
     ids:Tensor, # (T, top_k) int64, the tensor that the next call gets
 ):
     "Starts to bring experts, so that other work can run meanwhile"
-    if self.shared.fits(ids.numel()): self.pending = ids, self.shared.tables.rows(self.layer, ids.reshape(-1).contiguous())
+    if self.shared.fits(ids.numel()): self.pending = ids, self.shared.tables.rows(self.layer, _flat(ids))
 
 @patch
 def forward(self:OffloadedExperts,
@@ -329,17 +331,31 @@ def forward(self:OffloadedExperts,
 ) -> Tensor: # (T, hidden)
     """Sends each token through its experts: the bits of HLWQExperts.
 
-    Raises UnsupportedError where a gradient is wanted, ConfigError for activations on another device."""
+    Raises ConfigError for activations on another device, UnsupportedError in torch.compile, and in backward, which would need weights that have gone."""
     x, S, o = hidden_states, top_k_index.numel(), self.shared
-    if x.requires_grad and torch.is_grad_enabled(): raise UnsupportedError("experts on the host: no gradient flows through them, need all of them in memory; load the model without an expert cache, or use torch.no_grad()")
     if x.device != o.device: raise ConfigError(f"activations on {x.device}, need {o.device}, where the slots are; a model cannot be moved after its experts went to the host")
     if torch.compiler.is_compiling(): raise UnsupportedError("experts on the host: cannot be compiled, need an eager model or hlwq.generate, which records its step; call the model without torch.compile")
     if not S: return torch.zeros_like(x)
+    few = self.in_few_kernels(x, S)
+    if not (x.requires_grad and torch.is_grad_enabled()): return self._compute(x, top_k_index, top_k_weights, few)
+    with torch.no_grad(): y = self._compute(x, top_k_index, top_k_weights, few)
+    return _NoGradient.apply(x, y)
+
+class _NoGradient(torch.autograd.Function):
+    "Passes a result on; to ask for its gradient is an error"
+    @staticmethod
+    def forward(ctx, x, y): return y.view_as(y)
+    @staticmethod
+    def backward(ctx, grad): raise UnsupportedError("experts on the host: no gradient flows through them, need all of them in memory; load the model without an expert cache")
+
+@patch
+def _compute(self:OffloadedExperts, x, top_k_index, top_k_weights, few):
+    o, S = self.shared, top_k_index.numel()
     asked, self.pending = self.pending, None
-    if not o.fits(S): return self._by_groups(x, top_k_index, top_k_weights)
-    rows = asked[1] if asked and asked[0] is top_k_index else o.tables.rows(self.layer, top_k_index.reshape(-1).contiguous())
+    if not o.fits(S): return self._by_groups(x, top_k_index, top_k_weights, few)
+    rows = asked[1] if asked and asked[0] is top_k_index else o.tables.rows(self.layer, _flat(top_k_index))
     o.pool.wait()
-    if self.in_few_kernels(x, S):
+    if few:
         from hlwq.kernels.moe import expert_layer
         return expert_layer(x, rows.view_as(top_k_index), top_k_weights, self.w13.operand(), self.w2.operand(), o.n_experts)
     ids, pairs, like = top_k_index.reshape(-1), torch.arange(S, device=x.device), (S, o.n_experts)
@@ -433,18 +449,18 @@ def groups(self:ExpertOffload,
 @patch
 def _event(self:ExpertOffload): return torch.cuda.current_stream(self.device).record_event() if self.device.type == 'cuda' else None
 
-# %% ../nbs/43_offload.ipynb #88aa5cb8
+# %% ../nbs/43_offload.ipynb #475613b6
 @patch
-def _by_groups(self:OffloadedExperts, x, ids, weights):
-    o, flat = self.shared, ids.reshape(-1).contiguous()
+def _by_groups(self:OffloadedExperts, x, ids, weights, few):
+    o, flat = self.shared, _flat(ids)
     if x.device.type == 'cpu' and not (0 <= int(flat.min()) and int(flat.max()) < o.n_experts): raise ConfigError(f"experts: numbers from {int(flat.min())} to {int(flat.max())}, need 0 to {o.n_experts-1}; check the router")
     o.pool.wait()
     try:
-        plan = o.plan(self.layer, ids)
+        plan = o.plan(self.layer, flat.view_as(ids))
         rank = torch.full((o.n_experts,), -1, dtype=torch.int64)
         rank[plan.order] = torch.arange(len(plan.order))
         rank, rows = (t.to(x.device, non_blocking=True) for t in (rank, torch.tensor(plan.rows)))
-        if self.in_few_kernels(x, len(flat)):
+        if few:
             from hlwq.kernels.moe import ByGroups, expert_prompt
             return expert_prompt(x.contiguous(), flat, weights.reshape(-1).contiguous(), ids.shape[1], self.w13.operand(), self.w2.operand(), o.n_experts, ByGroups(rank, rows, plan.counts, o.groups(self.layer, plan)))
         place = rank[flat]
@@ -525,7 +541,7 @@ def stats(self:ExpertOffload,
         if self.pool.measured: self.pool.measured = dict(copy=[], stall=[])
     return res
 
-# %% ../nbs/43_offload.ipynb #ea3b7e4e
+# %% ../nbs/43_offload.ipynb #4d13586c
 def _check_request(bank, found, slots, policy, hot, staging):
     if type(slots) is not int or slots < 1: raise ConfigError(f"slots: {slots!r}, need a whole number from 1, the experts of each layer that stay; 64 is a good one for a layer of 256")
     if staging is not None and (type(staging) is not int or staging < 0): raise ConfigError(f"staging: {staging!r}, need a whole number of experts, or None; 32 is the default")
@@ -564,7 +580,7 @@ def offload_experts(
     device = first.w13.packed.device if there else next(p.device for p in model.parameters() if not p.is_meta)
     if bank is None: bank = memory_bank(model, pin=device.type == 'cuda')
     _check_request(bank, found, slots, policy, hot, staging)
-    shared = ExpertOffload(bank, slots, policy, hot, staging, device, on_device, cold, seed)
+    with torch.inference_mode(False): shared = ExpertOffload(bank, slots, policy, hot, staging, device, on_device, cold, seed)
     for i,(path,m) in enumerate(found.items()):
         parent,_,name = path.rpartition('.')
         setattr(model.get_submodule(parent), name, OffloadedExperts(m, shared, i).train(m.training))

@@ -90,6 +90,15 @@ def test_every_kind_of_experts(kind, way, best, monkeypatch):
         ids,w = routing(T, 2, 5, T)
         assert torch.equal(m.layers[0](act(T, 144), ids, w), top.experts(act(T, 144), ids, w))
 
+def test_with_gradients_enabled(tiny):
+    "A plain call without torch.no_grad gives the same bits; inference mode too, before and after"
+    ids = torch.randint(3, 8000, (1, 30))
+    m = copy.deepcopy(tiny)
+    with torch.inference_mode(): offload_experts(m, 2, staging=2)
+    for _ in range(2):
+        assert torch.equal(m(ids).logits, tiny(ids).logits)
+        with torch.inference_mode(): assert torch.equal(m(ids).logits, tiny(ids).logits)
+
 @torch.no_grad()
 @pytest.mark.parametrize('bits', (2, 3, 5, 8))
 def test_widths(bits):
@@ -344,7 +353,7 @@ def test_requests_that_cannot_be_met(tiny, kw, match):
 def test_refusals(tiny):
     m = offload_experts(copy.deepcopy(tiny), 2, staging=2)
     other = copy.deepcopy(tiny); other.model.layers = other.model.layers[:2]
-    for f,kind,match in ((lambda: offload_experts(m, 2), UnsupportedError, 'once'), (lambda: m(inputs_embeds=torch.randn(1, 2, 256, requires_grad=True)), UnsupportedError, 'no gradient'),
+    for f,kind,match in ((lambda: offload_experts(m, 2), UnsupportedError, 'once'), (lambda: m(inputs_embeds=torch.randn(1, 2, 256, requires_grad=True)).logits.sum().backward(), UnsupportedError, 'no gradient'),
         (lambda: offload_experts(copy.deepcopy(tiny), 2, bank=memory_bank(other)), ConfigError, 'bank: experts of 2 layers'),
         (lambda: m.model.layers[0].mlp.experts(act(1, 256), torch.tensor([[0, 1, 2, 16]]), torch.ones(1, 4)), ConfigError, 'numbers? .*16'),
         (lambda: m.model.layers[0].mlp.experts(act(60, 256), torch.arange(240).view(60, 4) % 17, torch.ones(60, 4)), ConfigError, '16, need 0 to 15')):
