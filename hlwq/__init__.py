@@ -28,6 +28,7 @@ _modules = dict(
     generate='generate HLWQGenerator GenerationReport',
     custom_generate='custom_generate',
     cache_policy='ExpertTable',
+    offload='offload_experts OffloadStats',
     cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
     export_ct='export_compressed_tensors plan_export ExportPlan',

@@ -25,7 +25,7 @@ from .prompts import RecordedPrompts, padded_length
 from .sampling import Sampling, next_token
 from .step import DecodeStep
 
-# %% ../nbs/42_generate.ipynb #abca5bcc
+# %% ../nbs/42_generate.ipynb #39923fd6
 class HLWQGenerator:
     """Generates text with one model, and keeps buffers and recorded steps from one call to the next.
 
@@ -41,7 +41,7 @@ class HLWQGenerator:
         self.model,self.prefill_chunk,self.use_graphs,self.report = model,prefill_chunk,use_graphs,None
         self.kv_bits,self.kept,self.given,self.kv = None,{},None,{} # of the last call; buffers by bits; a cache that was brought, with its buffers; about the memory of codes
         self.use_kernels,self.step,self.addresses,self.why_no_step = use_kernels,None,None,'' if use_kernels else 'use_kernels is False'
-        self.replayed,self.no_kernels = False,''               # about the last call, for its report
+        self.replayed,self.no_kernels,self.no_graph = False,'',''    # about the last call, for its report
         self.config = model.config.get_text_config(decoder=True)
         self.cache_name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
         kinds = set(getattr(self.config, 'layer_types', None) or ())
@@ -83,10 +83,10 @@ def _step(self:HLWQGenerator, b):
     b.slot.add_(1)
     self._choose(b, logits)
 
-# %% ../nbs/42_generate.ipynb #510ceabd
+# %% ../nbs/42_generate.ipynb #e686e83f
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
-    b.fused,self.no_kernels = False,''
+    b.fused,self.no_kernels,self.no_graph = False,'',''
     if b.device.type != 'cuda': return
     if b.own or b.coded: self._follow(b)
     why = why_no_kernels(b.device) or self._why_not_cache(b) or self._make_step()
@@ -95,6 +95,7 @@ def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else tha
         if b.coded and not b.own: b.reserve()
         self.step.bind(b)
         b.fused = True
+    self.no_graph = next((why for m in self.model.modules() if (f := getattr(m, 'why_no_graph', None)) and (why := f(b.batch))), '')
 
 @patch
 def _why_not_cache(self:HLWQGenerator, b): # why our step does not read the cache, or nothing
@@ -128,7 +129,7 @@ def addresses(
     model, # any model
 ) -> list: # of its parameters
     "Tells where the weights of a model are"
-    return [p.data_ptr() for p in model.parameters()]
+    return [p.data_ptr() for p in model.parameters()] + [o.address for o in [getattr(model, 'offload', None)] if o is not None]
 
 @patch
 def _padding(self:HLWQGenerator, n, more, cache): # tokens to put in front, so that prompts have few lengths
@@ -147,12 +148,12 @@ def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last posi
         if not (b.fused and self.config._attn_implementation in ('sdpa', 'hlwq_kv')): logits = self._logits(b, *now[:2], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
         else:
             if b.prompts is None: b.prompts = RecordedPrompts(self.step.read)
-            logits = b.prompts(b, i, padded, *now, record=self.use_graphs and b.own and not b.coded)
+            logits = b.prompts(b, i, padded, *now, record=self.use_graphs and b.own and not b.coded and not hasattr(self.model, 'offload'))      # prompts of experts on the host ask the host
             if b.prompts.seconds: self.capture_seconds = (self.capture_seconds or 0) + b.prompts.seconds
     b.begin()
     return logits
 
-# %% ../nbs/42_generate.ipynb #55d63f6d
+# %% ../nbs/42_generate.ipynb #d787e410
 @patch
 def _record(self:HLWQGenerator, b, key):
     start,graph = perf_counter(),torch.cuda.CUDAGraph()
@@ -172,7 +173,7 @@ def _record(self:HLWQGenerator, b, key):
 @patch
 def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in the cache
     if not b.fused and (width := b.width_for(n)) != b.width: b.show(width)
-    if b.device.type != 'cuda' or not self.use_graphs or not b.recordable: return self._step(b)
+    if b.device.type != 'cuda' or not self.use_graphs or not b.recordable or self.no_graph: return self._step(b)
     key = (b.fused or b.width, self.how, self.eos, self.pad)
     if key not in b.graphs and b.warm.setdefault(key, 0) == 2: self._record(b, key)
     if key in b.graphs:
@@ -200,7 +201,7 @@ def _stop_rows(b, start, n, stop, tokenizer): # marks rows whose text holds a st
     for i,row in enumerate(b.tokens[:, start:n].tolist()):
         if not b.finished[i] and stops_here(row, stop, tokenizer): b.finished[i] = True
 
-# %% ../nbs/42_generate.ipynb #791a044a
+# %% ../nbs/42_generate.ipynb #6cd46694
 @dataclass(frozen=True)
 class GenerationReport:
     "What one generation took"
@@ -218,6 +219,7 @@ class GenerationReport:
     kv_cache:str='' # bits of a cache of codes, such as "K4V4"
     kv:object=None # a KVMemory: what that cache takes now, room for more tokens included
     kv_full:object=None # a KVMemory: what it would take at the full context of the model
+    no_graph:str='' # why the step was not recorded on a GPU, if a module of the model cannot be
 
     @property
     def prompt_tokens_per_second(self): return self.prompt_tokens/self.first_seconds if self.first_seconds else None
@@ -229,7 +231,7 @@ class GenerationReport:
                  ('first token', f'{1e3*self.first_seconds:,.1f} ms', '')]
         if self.peak_bytes: lines.append(('peak memory', human_bytes(self.peak_bytes), ''))
         if self.capture_seconds is not None: lines.append(('recording', f'{self.capture_seconds:.2f} s', ''))
-        if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else ''))
+        if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else f'not recorded: {self.no_graph}' if self.no_graph else ''))
         for name,m in (('KV cache', self.kv), ('full context', self.kv_full)):
             if m: lines.append((name, human_bytes(m.nbytes), f'{self.kv_cache}, {m.rows} x {m.tokens:,} tokens, 1/{m.ratio:.2f} of 16 bits'))
         return lines + [('interrupted', 'yes', '')]*self.interrupted
@@ -433,7 +435,7 @@ def _fall_back(self:HLWQGenerator, why, ids, real, max_new_tokens, stop, tokeniz
     self.kv = kv_memory(cache, len(ids))
     return out
 
-# %% ../nbs/42_generate.ipynb #92f654ac
+# %% ../nbs/42_generate.ipynb #aafb26e2
 @patch
 @torch.no_grad()
 def __call__(self:HLWQGenerator,
@@ -471,12 +473,12 @@ def __call__(self:HLWQGenerator,
     why = why_not(model, cache, self.kv_bits)
     if why:
         out = self._fall_back(why, ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
-        new,step,self.no_kernels = _written(out[:, length:], self.eos, self.pad),'model.generate',''
+        new,step,self.no_kernels,self.no_graph = _written(out[:, length:], self.eos, self.pad),'model.generate','',''
     else:
         with self._room(rows, length+max_new_tokens-1): out,new,step,interrupted = self._continue(ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
     end = perf_counter()
     first = clock[0] if clock else end
-    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, **self.kv)
+    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, no_graph=self.no_graph, **self.kv)
     return out
 
 def _kv_bits(kv_bits, cache): # bits of keys and of values, or nothing

@@ -46,6 +46,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     custom_generate='core generate',
     cache_policy='core',
     cache_sim='core cache_policy',
+    **{'kernels.slots':'core kernels.layout kernels.lanes'},
+    offload='core cache_policy cache_sim experts kernels.moe kernels.slots linear quantize',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GEMV_MAX_PAIRS', 'expert_ref', 'expert_gemv', 'expert_down', 'expert_parts_ref', 'expert_parts', 'gather_sum_ref',
-           'gather_sum', 'expert_gemm', 'expert_matmul', 'expert_layer']
+           'gather_sum', 'expert_gemm', 'expert_matmul', 'expert_layer', 'ByGroups', 'expert_prompt']
 
-# %% ../../nbs/14_moe.ipynb #718e429b
+# %% ../../nbs/14_moe.ipynb #4620db2a
+from itertools import accumulate
 from math import ceil
 
 # %% ../../nbs/14_moe.ipynb #8119af22
@@ -222,7 +223,7 @@ def _by_parts(x, rows, expert, nt, tiles, norms, book): # rows of x in the order
     launch_small(rotated_fragments(x, rows), tiles, norms, book, out, expert, n, norms.shape[1], None, nt, grouped=True)
     return out
 
-# %% ../../nbs/14_moe.ipynb #071b916b
+# %% ../../nbs/14_moe.ipynb #adc01f4a
 GEMV_MAX_PAIRS = 32                                            # four tokens of eight experts
 
 def expert_matmul(
@@ -232,18 +233,22 @@ def expert_matmul(
     tiles:Tensor, # (E, n_tiles, n_blocks, bits, 32, 2) int32
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # the codebook that encoded them
+    like:tuple=None, # (pairs, experts) to choose the kernel by, for a part of a call or a stack that holds more than one layer; by default what is there
 ) -> Tensor: # (S, out_features), dtype of x
     """Multiplies activations with the experts they are routed to, by the fastest kernel for their number.
 
     Raises UnsupportedError if a kernel computes something else than the reference."""
-    S, E = len(ids), len(tiles)
-    if not S: return x.new_empty(0, norms.shape[1])
+    S, E = like or (len(ids), len(tiles))
+    if not len(ids): return x.new_empty(0, norms.shape[1])
     if x.dtype not in (torch.bfloat16, torch.float16) and S <= GEMV_MAX_PAIRS and norms.shape[1] % 16 == 0: return _gathered(x, rows, ids, tiles, norms, book)
     if x.dtype not in (torch.bfloat16, torch.float16): return _through_dense(x, rows, ids, tiles, norms, book)
-    if S > 48*E and _can_group(x, norms): return _grouped(x, rows, ids, tiles, norms, book)
+    if S > 48*E and _can_group(x, norms, E):
+        if not like: return _grouped(x, rows, ids, tiles, norms, book)
+        used, ids = ids.unique(return_inverse=True)            # the others are not decoded
+        return _grouped(x, rows, ids, tiles[used], norms[used], book)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
     if S <= GEMV_MAX_PAIRS: name, y = 'expert_gemv', expert_gemv(x[rows], ids, 1, tiles, norms, book)
-    else: name, y = 'expert_gemm', expert_gemm(x.contiguous(), rows, ids, tiles, norms, book)
+    else: name, y = 'expert_gemm', expert_gemm(x.contiguous(), rows, ids, tiles, norms, book, _part_size(S, E))
     _check(name, x, rows, ids, y, tiles, norms, book)
     return y
 
@@ -260,8 +265,8 @@ def _gathered(x, rows, ids, tiles, norms, book): # few pairs in float32: the mat
 
 _GROUPED_WEIGHTS = 1 << 29                                     # decoded at one time for a product of torch: 1 GB
 
-def _can_group(x, norms):
-    fits = norms.numel()*BLOCK_SIZE <= _GROUPED_WEIGHTS and x.shape[1] % 8 == 0 and norms.shape[1] % 16 == 0
+def _can_group(x, norms, E):
+    fits = E*norms[0].numel()*BLOCK_SIZE <= _GROUPED_WEIGHTS and x.shape[1] % 8 == 0 and norms.shape[1] % 16 == 0
     return fits and x.dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and hasattr(torch.nn.functional, 'grouped_mm')
 
 def _all_decoded(x, ends, tiles, norms, book): # rows sorted by expert, times all experts decoded at once
@@ -279,26 +284,28 @@ def _through_dense(x, rows, ids, tiles, norms, book):
     step = max(1, _DENSE_WEIGHTS//(out*x.shape[1])) if out % 16 == 0 else 1                   # experts decoded at one time
     for a in range(0, E, step):
         if ends[min(a + step, E) - 1] == (ends[a-1] if a else 0): continue
-        w = dense(tiles[a:a+step].flatten(0, 1), norms[a:a+step].flatten(0, 1), book, x.shape[1], dtype).view(-1, out, x.shape[1]).to(x.dtype)
+        t, n = (o[a:a+step].contiguous().flatten(0, 1) for o in (tiles, norms))           # a stack may have gaps between its experts
+        w = dense(t, n, book, x.shape[1], dtype).view(-1, out, x.shape[1]).to(x.dtype)
         for e in range(a, min(a + step, E)):
             at = order[(ends[e-1] if e else 0):ends[e]]
             if len(at): y[at] = x[rows[at]] @ w[e-a].t()
     return y
 
-# %% ../../nbs/14_moe.ipynb #7dac9424
+# %% ../../nbs/14_moe.ipynb #fa315366
 def expert_layer(
     x:Tensor, # (T, hidden) float16 or bfloat16
     ids:Tensor, # (T, topk) int64 experts of each token
     weights:Tensor, # (T, topk) what the router gives to each
     up:tuple, # tiles (E, ...), norms (E, 2*inner, n_blocks) and codebook of gate and up, gate first
     down:tuple, # tiles, norms (E, hidden, n_blocks) and codebook of the second projection
+    n_experts:int=None, # experts of the layer, for stacks that hold more; it decides how many tokens are computed
 ) -> Tensor: # (T, hidden), dtype of x
     """Sends tokens through their experts, with silu(gate)*up between the two projections: a few in two kernels, many sorted by expert once for both.
 
     Raises UnsupportedError if a kernel computes something else than the reference."""
     T, topk = ids.shape
     x, flat, weights = x.contiguous(), ids.reshape(-1).contiguous(), weights.reshape(-1).contiguous()
-    if len(flat) > GEMV_MAX_PAIRS: return _many(x, flat, weights, topk, up, down)
+    if len(flat) > GEMV_MAX_PAIRS: return expert_prompt(x, flat, weights, topk, up, down, n_experts or len(up[0]))
     h = expert_gemv(x, flat, topk, *up)
     y = expert_down(h, flat, weights, topk, *down, settled=True)              # they are older than expert_gemv
     if ('expert_down', x.device, x.dtype, down[2].bits) not in CHECKED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -306,22 +313,73 @@ def expert_layer(
         _check_down(x, h[:topk], flat[:topk], weights[:topk], y[:1], *down)
     return y
 
-def _many(x, ids, weights, topk, up, down): # tokens of a prompt: pairs stay in the order of parts, or of experts, from one projection to the next
-    E, S = len(up[0]), len(ids)
+class ByGroups:
+    "Experts that are not all there at once: in which order they come, and where they are then"
+    def __init__(self,
+        rank:Tensor, # (n_experts,) int64, the place of each expert in the order
+        rows:Tensor, # (n,) int64, for each place the number in the stacks of the expert that has it
+        counts:list, # of each of the n places the pairs that are routed to it
+        groups, # iterator of (first, end) places in ascending order; what it gives is in the stacks until it is asked for the next
+    ): self.rank, self.rows, self.counts, self.groups = rank, rows, counts, groups
+
+    def ranges(self,
+        size:int=1, # rows of a part
+    ): # generator of (first place, end, first part, end)
+        "Goes through the groups with the parts of each, or with its pairs"
+        ends = [0, *accumulate(ceil(c/size) for c in self.counts)]
+        for a,b in self.groups: yield a, b, ends[a], ends[b]
+
+def expert_prompt(
+    x:Tensor, # (T, hidden) float16 or bfloat16, contiguous
+    ids:Tensor, # (T*topk,) int64 expert of each pair
+    weights:Tensor, # (T*topk,) what the router gives to each pair
+    topk:int, # pairs of a token
+    up:tuple, # tiles, norms and codebook of gate and up, gate first
+    down:tuple, # tiles, norms and codebook of the second projection
+    n_experts:int, # experts of the layer
+    by:ByGroups=None, # for experts that come one group after the other; by default ids are numbers in the stacks
+) -> Tensor: # (T, hidden), dtype of x
+    "Sends many tokens through their experts. Groups change no bit: each pair is computed by itself, in the way that n_experts and the number of all pairs decide"
+    E, S = n_experts, len(ids)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
-    if S > 48*E and _can_group(x, up[1]) and _can_group(x, down[1]):
-        place, row, _, ends = _sorted(ids, E, 1, topk, S, 0)
-        y = _all_decoded(silu_mul(*_all_decoded(x.index_select(0, row), ends, *up).chunk(2, 1)), ends, *down)
-    else:
-        nt = _part_size(S, E)
-        place, row, expert = expert_parts(ids, E, 8*nt, topk)
-        h = _by_parts(x, row, expert, nt, *up)
-        act = silu_mul(*h.chunk(2, 1))
-        y = _by_parts(act, None, expert, nt, *down)
-        if any(('expert_gemm', x.device, x.dtype, o[2].bits) not in CHECKED for o in (up, down)):
-            _check('expert_gemm', x, torch.zeros_like(ids[:1]), ids, h[place[:1]], *up)
-            _check('expert_gemm', act, place, ids, y[place[:1]], *down)
+    if by: ids = by.rank[ids]
+    way = _prompt_by_dense if S > 48*E and _can_group(x, up[1], E) and _can_group(x, down[1], E) else _prompt_by_parts
+    y, place = way(x, ids.contiguous(), topk, up, down, E, by)
     return gather_sum(y, place, topk, weights)
+
+def _prompt_by_dense(x, ids, topk, up, down, E, by): # results in the order of experts, which pairs keep from one projection to the next, and the place of each pair
+    if not by and len(up[0]) > E: used, ids = ids.unique(return_inverse=True)         # of a stack for several layers, the others are not decoded
+    else: used = None
+    n = len(by.rows) if by else len(up[0]) if used is None else len(used)
+    place, row, _, ends = _sorted(ids, n, 1, topk, len(ids), 0)
+    x, y = x.index_select(0, row), x.new_empty(len(ids), down[1].shape[1]) if by else None
+    for a,b,p,q in by.ranges() if by else [(0, n, 0, len(ids))]:
+        if q == p: continue
+        rows = by.rows[a:b] if by else used
+        u, d = (s if rows is None else (s[0][rows], s[1][rows], s[2]) for s in (up, down))
+        here = ends[a:b] - p if by else ends
+        z = _all_decoded(silu_mul(*_all_decoded(x[p:q], here, *u).chunk(2, 1)), here, *d)
+        if by: y[p:q] = z
+        else: y = z
+    return y, place
+
+def _prompt_by_parts(x, ids, topk, up, down, E, by): # results in the order of parts, which pairs keep from one projection to the next, and the place of each pair
+    nt, n = _part_size(len(ids), E), len(by.rows) if by else len(up[0])
+    place, row, expert = expert_parts(ids, n, 8*nt, topk)
+    if by: expert = torch.where(expert >= 0, by.rows[expert.clamp_min(0)], -1)
+    y = x.new_empty(len(row), down[1].shape[1]) if by else None
+    for _,_,p,q in by.ranges(8*nt) if by else [(0, n, 0, len(expert))]:
+        if q == p: continue
+        at = slice(8*nt*p, 8*nt*q)
+        h = _by_parts(x, row[at], expert[p:q], nt, *up)
+        act = silu_mul(*h.chunk(2, 1))
+        z = _by_parts(act, None, expert[p:q], nt, *down)
+        if by: y[at] = z
+        else: y = z
+        if any(('expert_gemm', x.device, x.dtype, o[2].bits) not in CHECKED for o in (up, down)):
+            _check('expert_gemm', x, row[at][:1], expert[p:q], h[:1], *up)
+            _check('expert_gemm', act, torch.zeros_like(row[:1]), expert[p:q], z[:1], *down)
+    return y, place
 
 def _check_down(x, h, ids, weights, y, tiles, norms, book):
     "Like check_first_use, for the sum over a token's experts"
