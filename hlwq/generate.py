@@ -25,7 +25,7 @@ from .prompts import RecordedPrompts, padded_length
 from .sampling import Sampling, next_token
 from .step import DecodeStep
 
-# %% ../nbs/42_generate.ipynb #39923fd6
+# %% ../nbs/42_generate.ipynb #abca5bcc
 class HLWQGenerator:
     """Generates text with one model, and keeps buffers and recorded steps from one call to the next.
 
@@ -83,7 +83,7 @@ def _step(self:HLWQGenerator, b):
     b.slot.add_(1)
     self._choose(b, logits)
 
-# %% ../nbs/42_generate.ipynb #e686e83f
+# %% ../nbs/42_generate.ipynb #510ceabd
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
     b.fused,self.no_kernels,self.no_graph = False,'',''
@@ -95,7 +95,11 @@ def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else tha
         if b.coded and not b.own: b.reserve()
         self.step.bind(b)
         b.fused = True
-    self.no_graph = next((why for m in self.model.modules() if (f := getattr(m, 'why_no_graph', None)) and (why := f(b.batch))), '')
+    self.no_graph = self._why_no_graph(b.batch)
+
+@patch
+def _why_no_graph(self:HLWQGenerator, tokens): # why so many tokens at once cannot be recorded, as a module of the model has it, or nothing
+    return next((why for m in self.model.modules() if (f := getattr(m, 'why_no_graph', None)) and (why := f(tokens))), '')
 
 @patch
 def _why_not_cache(self:HLWQGenerator, b): # why our step does not read the cache, or nothing
@@ -148,12 +152,12 @@ def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last posi
         if not (b.fused and self.config._attn_implementation in ('sdpa', 'hlwq_kv')): logits = self._logits(b, *now[:2], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
         else:
             if b.prompts is None: b.prompts = RecordedPrompts(self.step.read)
-            logits = b.prompts(b, i, padded, *now, record=self.use_graphs and b.own and not b.coded and not hasattr(self.model, 'offload'))      # prompts of experts on the host ask the host
+            logits = b.prompts(b, i, padded, *now, record=self.use_graphs and b.own and not b.coded and not self._why_no_graph(now[0].numel()))
             if b.prompts.seconds: self.capture_seconds = (self.capture_seconds or 0) + b.prompts.seconds
     b.begin()
     return logits
 
-# %% ../nbs/42_generate.ipynb #d787e410
+# %% ../nbs/42_generate.ipynb #55d63f6d
 @patch
 def _record(self:HLWQGenerator, b, key):
     start,graph = perf_counter(),torch.cuda.CUDAGraph()
@@ -201,7 +205,7 @@ def _stop_rows(b, start, n, stop, tokenizer): # marks rows whose text holds a st
     for i,row in enumerate(b.tokens[:, start:n].tolist()):
         if not b.finished[i] and stops_here(row, stop, tokenizer): b.finished[i] = True
 
-# %% ../nbs/42_generate.ipynb #6cd46694
+# %% ../nbs/42_generate.ipynb #791a044a
 @dataclass(frozen=True)
 class GenerationReport:
     "What one generation took"
@@ -216,10 +220,10 @@ class GenerationReport:
     interrupted:bool=False # whether the user stopped it
     step:str='' # what computed the tokens after the first: "kernels, recorded", "transformers, recorded", either without recording, or "model.generate"
     no_kernels:str='' # why kernels of ours did not compute the step on a GPU, if they were wanted
+    no_graph:str='' # why the step was not recorded on a GPU, if a module of the model cannot be
     kv_cache:str='' # bits of a cache of codes, such as "K4V4"
     kv:object=None # a KVMemory: what that cache takes now, room for more tokens included
     kv_full:object=None # a KVMemory: what it would take at the full context of the model
-    no_graph:str='' # why the step was not recorded on a GPU, if a module of the model cannot be
 
     @property
     def prompt_tokens_per_second(self): return self.prompt_tokens/self.first_seconds if self.first_seconds else None
@@ -435,7 +439,7 @@ def _fall_back(self:HLWQGenerator, why, ids, real, max_new_tokens, stop, tokeniz
     self.kv = kv_memory(cache, len(ids))
     return out
 
-# %% ../nbs/42_generate.ipynb #aafb26e2
+# %% ../nbs/42_generate.ipynb #92f654ac
 @patch
 @torch.no_grad()
 def __call__(self:HLWQGenerator,
@@ -478,7 +482,7 @@ def __call__(self:HLWQGenerator,
         with self._room(rows, length+max_new_tokens-1): out,new,step,interrupted = self._continue(ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
     end = perf_counter()
     first = clock[0] if clock else end
-    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, no_graph=self.no_graph, **self.kv)
+    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, self.no_graph, **self.kv)
     return out
 
 def _kv_bits(kv_bits, cache): # bits of keys and of values, or nothing

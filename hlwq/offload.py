@@ -233,7 +233,7 @@ class DeviceSlots:
     def counts(self, layer): return tuple(CacheCounts(0, *c) for c in self.state.counts[layer].tolist())
     def reset(self): self.state.counts.zero_()
 
-# %% ../nbs/43_offload.ipynb #755d3d48
+# %% ../nbs/43_offload.ipynb #76d62129
 class ExpertOffload:
     "What layers with experts on the host share"
     def __init__(self,
@@ -250,9 +250,9 @@ class ExpertOffload:
         self.bank, self.n_experts, self.device = bank, len(bank.rows[0]), torch.device(device)
         self.slots, self.tiles = min(slots, self.n_experts), _part(bank.layout, PARTS[0])[2] == torch.int32
         least = max(2, min(32, self.n_experts) - self.slots) if self.tiles else 2      # up to 32 pairs are one kernel's work, so their experts have to be there together
-        self.staging = max(least, min(32, self.n_experts) if staging is None else staging)
+        self.base, self.staging = len(bank.rows)*self.slots, max(least, min(32, self.n_experts) if staging is None else staging)
         kernels = gpu_kernels(self.device) is not None and self.tiles
-        self.pool = Pool(bank.layout, len(bank.rows)*self.slots + self.staging, self.device)
+        self.pool = Pool(bank.layout, self.base + self.staging, self.device)
         if on_device is None: on_device = kernels and bank.where == 'pinned'
         self.tables = (DeviceSlots if on_device else HostSlots)(self.pool, bank, self.slots, self.staging, policy, hot, cold, seed)
         self.policy, self.recorder, self.prompts = policy, None, [[0, 0, 0] for _ in bank.rows]      # calls, experts that were there, experts that were copied
@@ -298,7 +298,7 @@ class BankStack(nn.Module):
         d = self.packed.device
         return torch.stack([decoded(p.contiguous().to(d), n.contiguous().to(d), book_on(self.key, d), self.in_features, dtype) for p,n in zip(self._bank('packed'), self.norms)])
 
-# %% ../nbs/43_offload.ipynb #f377d315
+# %% ../nbs/43_offload.ipynb #fe5c86c3
 class OffloadedExperts(HLWQExperts):
     "Experts of a layer, most of them on the host"
     def __init__(self,
@@ -312,7 +312,8 @@ class OffloadedExperts(HLWQExperts):
         for n,p in original._parameters.items(): self.register_parameter(n, p)
         for n,child in original.named_children():
             if n not in ('w13', 'w2'): self.add_module(n, child)
-        self.__dict__.update(shell=original.shell, shared=shared, layer=layer, pending=None)
+        places = torch.cat([torch.arange(shared.slots) + layer*shared.slots, torch.arange(shared.staging) + shared.base])
+        self.__dict__.update(shell=original.shell, shared=shared, layer=layer, pending=None, places=places.to(shared.device))
 
 def _flat(ids): return ids.reshape(-1).long().contiguous()
 
@@ -356,8 +357,11 @@ def _compute(self:OffloadedExperts, x, top_k_index, top_k_weights, few):
     rows = asked[1] if asked and asked[0] is top_k_index else o.tables.rows(self.layer, _flat(top_k_index))
     o.pool.wait()
     if few:
-        from hlwq.kernels.moe import expert_layer
-        return expert_layer(x, rows.view_as(top_k_index), top_k_weights, self.w13.operand(), self.w2.operand(), o.n_experts)
+        from hlwq.kernels.moe import GEMV_MAX_PAIRS, ByGroups, expert_layer, expert_prompt
+        stacks = self.w13.operand(), self.w2.operand()
+        if S <= GEMV_MAX_PAIRS: return expert_layer(x, rows.view_as(top_k_index), top_k_weights, *stacks)
+        local = torch.where(rows >= o.base, rows - (o.base - o.slots), rows - self.layer*o.slots)      # among the places that the layer can have
+        return expert_prompt(x.contiguous(), local, top_k_weights.reshape(-1).contiguous(), top_k_index.shape[1], *stacks, o.n_experts, ByGroups(self.places))
     ids, pairs, like = top_k_index.reshape(-1), torch.arange(S, device=x.device), (S, o.n_experts)
     up, down = (lambda x, at, s=s: packed_expert_linear(x, at, rows, *s.operand(), self.way, like) for s in (self.w13, self.w2))
     return self._sum(self._second(down(self._between(up(x, pairs//top_k_index.shape[1]), ids), pairs), ids), x, top_k_weights)
@@ -385,7 +389,7 @@ def why_no_graph(self:OffloadedExperts,
     if not o.fits(rows*k): return f'{rows*k} experts of one step need as many places, and there are {o.slots} slots and {o.staging} staging places; a larger staging area serves them'
     return ''
 
-# %% ../nbs/43_offload.ipynb #7372371b
+# %% ../nbs/43_offload.ipynb #588820ff
 WARM_TOKENS = 32                                               # last tokens of a prompt whose experts get slots
 
 @dataclass
@@ -422,7 +426,7 @@ def plan(self:ExpertOffload,
     add(here, [layer*self.slots + table[e] for e in here], [])
     for i in range(0, len(others), half):
         part = others[i:i+half]
-        places = [len(self.bank.rows)*self.slots + i//half % 2*half + j for j in range(len(part))]
+        places = [self.base + i//half % 2*half + j for j in range(len(part))]
         add(part, places, list(zip(part, places)))
     if not others: add([], [], [])                             # what is in slots is read before they are overwritten
     for i in range(0, len(warm), half): add(*zip(*warm[i:i+half]), warm[i:i+half])
@@ -449,7 +453,7 @@ def groups(self:ExpertOffload,
 @patch
 def _event(self:ExpertOffload): return torch.cuda.current_stream(self.device).record_event() if self.device.type == 'cuda' else None
 
-# %% ../nbs/43_offload.ipynb #475613b6
+# %% ../nbs/43_offload.ipynb #20270297
 @patch
 def _by_groups(self:OffloadedExperts, x, ids, weights, few):
     o, flat = self.shared, _flat(ids)
@@ -462,13 +466,14 @@ def _by_groups(self:OffloadedExperts, x, ids, weights, few):
         rank, rows = (t.to(x.device, non_blocking=True) for t in (rank, torch.tensor(plan.rows)))
         if few:
             from hlwq.kernels.moe import ByGroups, expert_prompt
-            return expert_prompt(x.contiguous(), flat, weights.reshape(-1).contiguous(), ids.shape[1], self.w13.operand(), self.w2.operand(), o.n_experts, ByGroups(rank, rows, plan.counts, o.groups(self.layer, plan)))
+            return expert_prompt(x.contiguous(), flat, weights.reshape(-1).contiguous(), ids.shape[1], self.w13.operand(), self.w2.operand(), o.n_experts, ByGroups(rows, rank, plan.counts, o.groups(self.layer, plan)))
         place = rank[flat]
         order, ends = place.argsort(stable=True), [0, *np.cumsum(plan.counts).tolist()]
         h = self._between(self._project(self.w13, x, order//ids.shape[1], rows[place], order, ends, plan, PARTS[:2]), flat)
         return self._sum(self._second(self._project(self.w2, h, order, rows[place], order, ends, plan, PARTS[2:]), flat), x, weights)
     except BaseException:                                      # the table names experts that may not have come
         o.tables.forget(self.layer)
+        o.pool.wait()
         raise
 
 @patch
@@ -541,7 +546,7 @@ def stats(self:ExpertOffload,
         if self.pool.measured: self.pool.measured = dict(copy=[], stall=[])
     return res
 
-# %% ../nbs/43_offload.ipynb #4d13586c
+# %% ../nbs/43_offload.ipynb #bbdf9496
 def _check_request(bank, found, slots, policy, hot, staging):
     if type(slots) is not int or slots < 1: raise ConfigError(f"slots: {slots!r}, need a whole number from 1, the experts of each layer that stay; 64 is a good one for a layer of 256")
     if staging is not None and (type(staging) is not int or staging < 0): raise ConfigError(f"staging: {staging!r}, need a whole number of experts, or None; 32 is the default")
@@ -578,12 +583,14 @@ def offload_experts(
     if bank is None and not there: raise ConfigError(f"{type(model).__name__}: its experts have no content, need a bank with them; load them")
     if type(slots) is int and slots >= first.num_experts and there: return model
     device = first.w13.packed.device if there else next(p.device for p in model.parameters() if not p.is_meta)
-    if bank is None: bank = memory_bank(model, pin=device.type == 'cuda')
-    _check_request(bank, found, slots, policy, hot, staging)
-    with torch.inference_mode(False): shared = ExpertOffload(bank, slots, policy, hot, staging, device, on_device, cold, seed)
-    for i,(path,m) in enumerate(found.items()):
+    with torch.inference_mode(False):
+        if bank is None: bank = memory_bank(model, pin=device.type == 'cuda')
+        _check_request(bank, found, slots, policy, hot, staging)
+        shared = ExpertOffload(bank, slots, policy, hot, staging, device, on_device, cold, seed)
+        new = {path:OffloadedExperts(m, shared, i).train(m.training) for i,(path,m) in enumerate(found.items())}
+    for path,m in found.items():
         parent,_,name = path.rpartition('.')
-        setattr(model.get_submodule(parent), name, OffloadedExperts(m, shared, i).train(m.training))
+        setattr(model.get_submodule(parent), name, new[path])
         m.w13 = m.w2 = None                                    # their memory is free now
     if trace: _watch(model, shared)
     model.__dict__.update(offload=shared, offload_stats=shared.stats)

@@ -461,7 +461,7 @@ def test_groups_on_stacks_with_gaps(as_gpu):
     counts = flat.bincount(minlength=6).tolist()
     for order,cuts in (([5, 2, 0, 1, 4, 3], [0, 0, 2, 2, 3, 6]), ([0, 1, 2, 3, 4, 5], [0, 6]))[:1 + GPU]:
         rank = torch.empty(6, dtype=torch.long, device=device); rank[order] = torch.arange(6, device=device)
-        by = moe.ByGroups(rank, torch.tensor(order, device=device), [counts[e] for e in order], zip(cuts, cuts[1:]))
+        by = moe.ByGroups(torch.tensor(order, device=device), rank, [counts[e] for e in order], zip(cuts, cuts[1:]))
         assert torch.equal(moe.expert_prompt(x, flat, w.flatten(), 2, up, down, 6, by), results[2 if not GPU else 4])
     x,ids,w = tile_calls()[0]
     assert torch.equal(moe.expert_layer(x, ids, w, up, down), results[0])

@@ -6,7 +6,7 @@
 __all__ = ['GEMV_MAX_PAIRS', 'expert_ref', 'expert_gemv', 'expert_down', 'expert_parts_ref', 'expert_parts', 'gather_sum_ref',
            'gather_sum', 'expert_gemm', 'expert_matmul', 'expert_layer', 'ByGroups', 'expert_prompt']
 
-# %% ../../nbs/14_moe.ipynb #4620db2a
+# %% ../../nbs/14_moe.ipynb #718e429b
 from itertools import accumulate
 from math import ceil
 
@@ -223,7 +223,7 @@ def _by_parts(x, rows, expert, nt, tiles, norms, book): # rows of x in the order
     launch_small(rotated_fragments(x, rows), tiles, norms, book, out, expert, n, norms.shape[1], None, nt, grouped=True)
     return out
 
-# %% ../../nbs/14_moe.ipynb #adc01f4a
+# %% ../../nbs/14_moe.ipynb #071b916b
 GEMV_MAX_PAIRS = 32                                            # four tokens of eight experts
 
 def expert_matmul(
@@ -291,21 +291,20 @@ def _through_dense(x, rows, ids, tiles, norms, book):
             if len(at): y[at] = x[rows[at]] @ w[e-a].t()
     return y
 
-# %% ../../nbs/14_moe.ipynb #fa315366
+# %% ../../nbs/14_moe.ipynb #7dac9424
 def expert_layer(
     x:Tensor, # (T, hidden) float16 or bfloat16
     ids:Tensor, # (T, topk) int64 experts of each token
     weights:Tensor, # (T, topk) what the router gives to each
     up:tuple, # tiles (E, ...), norms (E, 2*inner, n_blocks) and codebook of gate and up, gate first
     down:tuple, # tiles, norms (E, hidden, n_blocks) and codebook of the second projection
-    n_experts:int=None, # experts of the layer, for stacks that hold more; it decides how many tokens are computed
 ) -> Tensor: # (T, hidden), dtype of x
     """Sends tokens through their experts, with silu(gate)*up between the two projections: a few in two kernels, many sorted by expert once for both.
 
     Raises UnsupportedError if a kernel computes something else than the reference."""
     T, topk = ids.shape
     x, flat, weights = x.contiguous(), ids.reshape(-1).contiguous(), weights.reshape(-1).contiguous()
-    if len(flat) > GEMV_MAX_PAIRS: return expert_prompt(x, flat, weights, topk, up, down, n_experts or len(up[0]))
+    if len(flat) > GEMV_MAX_PAIRS: return expert_prompt(x, flat, weights, topk, up, down, len(up[0]))
     h = expert_gemv(x, flat, topk, *up)
     y = expert_down(h, flat, weights, topk, *down, settled=True)              # they are older than expert_gemv
     if ('expert_down', x.device, x.dtype, down[2].bits) not in CHECKED and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -314,17 +313,17 @@ def expert_layer(
     return y
 
 class ByGroups:
-    "Experts that are not all there at once: in which order they come, and where they are then"
+    "Experts that are numbered otherwise than in the stacks, and may come one group after the other"
     def __init__(self,
-        rank:Tensor, # (n_experts,) int64, the place of each expert in the order
-        rows:Tensor, # (n,) int64, for each place the number in the stacks of the expert that has it
-        counts:list, # of each of the n places the pairs that are routed to it
-        groups, # iterator of (first, end) places in ascending order; what it gives is in the stacks until it is asked for the next
-    ): self.rank, self.rows, self.counts, self.groups = rank, rows, counts, groups
+        rows:Tensor, # (n,) int64, for each number where the expert is in the stacks
+        rank:Tensor=None, # (n_experts,) int64, the number of each expert; by default ids are numbers already
+        counts:list=None, # for each number the pairs that are routed to it, if there are groups
+        groups=None, # iterator of (first, end) numbers in ascending order; what it gives is in the stacks until it is asked for the next. By default all are there
+    ): self.rows, self.rank, self.counts, self.groups = rows, rank, counts, groups
 
     def ranges(self,
         size:int=1, # rows of a part
-    ): # generator of (first place, end, first part, end)
+    ): # generator of (first number, end, first part, end)
         "Goes through the groups with the parts of each, or with its pairs"
         ends = [0, *accumulate(ceil(c/size) for c in self.counts)]
         for a,b in self.groups: yield a, b, ends[a], ends[b]
@@ -337,48 +336,44 @@ def expert_prompt(
     up:tuple, # tiles, norms and codebook of gate and up, gate first
     down:tuple, # tiles, norms and codebook of the second projection
     n_experts:int, # experts of the layer
-    by:ByGroups=None, # for experts that come one group after the other; by default ids are numbers in the stacks
-) -> Tensor: # (T, hidden), dtype of x
+    by:ByGroups=None, # where experts are in the stacks, and when; by default ids are places in the stacks
+) -> Tensor: # (T, hidden)
     "Sends many tokens through their experts. Groups change no bit: each pair is computed by itself, in the way that n_experts and the number of all pairs decide"
     E, S = n_experts, len(ids)
     if x.shape[1] % 8: x = torch.nn.functional.pad(x, (0, 8 - x.shape[1] % 8))
-    if by: ids = by.rank[ids]
+    if by and by.rank is not None: ids = by.rank[ids]
     way = _prompt_by_dense if S > 48*E and _can_group(x, up[1], E) and _can_group(x, down[1], E) else _prompt_by_parts
-    y, place = way(x, ids.contiguous(), topk, up, down, E, by)
+    y, place = way(x, ids, topk, up, down, E, by)
     return gather_sum(y, place, topk, weights)
 
-def _prompt_by_dense(x, ids, topk, up, down, E, by): # results in the order of experts, which pairs keep from one projection to the next, and the place of each pair
-    if not by and len(up[0]) > E: used, ids = ids.unique(return_inverse=True)         # of a stack for several layers, the others are not decoded
-    else: used = None
-    n = len(by.rows) if by else len(up[0]) if used is None else len(used)
-    place, row, _, ends = _sorted(ids, n, 1, topk, len(ids), 0)
-    x, y = x.index_select(0, row), x.new_empty(len(ids), down[1].shape[1]) if by else None
-    for a,b,p,q in by.ranges() if by else [(0, n, 0, len(ids))]:
-        if q == p: continue
-        rows = by.rows[a:b] if by else used
+def _prompt_by_dense(x, ids, topk, up, down, E, by): # pairs stay in the order of experts from one projection to the next
+    n, S = len(by.rows) if by else E, len(ids)
+    place, row, _, ends = _sorted(ids, n, 1, topk, S, 0)
+    def both(at, here, rows):
         u, d = (s if rows is None else (s[0][rows], s[1][rows], s[2]) for s in (up, down))
-        here = ends[a:b] - p if by else ends
-        z = _all_decoded(silu_mul(*_all_decoded(x[p:q], here, *u).chunk(2, 1)), here, *d)
-        if by: y[p:q] = z
-        else: y = z
+        return _all_decoded(silu_mul(*_all_decoded(x.index_select(0, at), here, *u).chunk(2, 1)), here, *d)
+    if not by or by.groups is None: return both(row, ends, by and by.rows), place
+    y = x.new_empty(S, down[1].shape[1])
+    for a,b,p,q in by.ranges():
+        if q > p: y[p:q] = both(row[p:q], ends[a:b] - p, by.rows[a:b])
     return y, place
 
-def _prompt_by_parts(x, ids, topk, up, down, E, by): # results in the order of parts, which pairs keep from one projection to the next, and the place of each pair
-    nt, n = _part_size(len(ids), E), len(by.rows) if by else len(up[0])
-    place, row, expert = expert_parts(ids, n, 8*nt, topk)
+def _prompt_by_parts(x, ids, topk, up, down, E, by): # pairs stay in the order of parts from one projection to the next
+    nt = _part_size(len(ids), E)
+    place, row, expert = expert_parts(ids, len(by.rows) if by else E, 8*nt, topk)
     if by: expert = torch.where(expert >= 0, by.rows[expert.clamp_min(0)], -1)
-    y = x.new_empty(len(row), down[1].shape[1]) if by else None
-    for _,_,p,q in by.ranges(8*nt) if by else [(0, n, 0, len(expert))]:
-        if q == p: continue
-        at = slice(8*nt*p, 8*nt*q)
-        h = _by_parts(x, row[at], expert[p:q], nt, *up)
+    def both(row, expert):
+        h = _by_parts(x, row, expert, nt, *up)
         act = silu_mul(*h.chunk(2, 1))
-        z = _by_parts(act, None, expert[p:q], nt, *down)
-        if by: y[at] = z
-        else: y = z
+        y = _by_parts(act, None, expert, nt, *down)
         if any(('expert_gemm', x.device, x.dtype, o[2].bits) not in CHECKED for o in (up, down)):
-            _check('expert_gemm', x, row[at][:1], expert[p:q], h[:1], *up)
-            _check('expert_gemm', act, torch.zeros_like(row[:1]), expert[p:q], z[:1], *down)
+            _check('expert_gemm', x, row[:1], expert, h[:1], *up)
+            _check('expert_gemm', act, torch.zeros_like(row[:1]), expert, y[:1], *down)
+        return y
+    if not by or by.groups is None: return both(row, expert), place
+    y = x.new_empty(len(row), down[1].shape[1])
+    for _,_,p,q in by.ranges(8*nt):
+        if q > p: y[8*nt*p:8*nt*q] = both(row[8*nt*p:8*nt*q], expert[p:q])
     return y, place
 
 def _check_down(x, h, ids, weights, y, tiles, norms, book):
