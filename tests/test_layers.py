@@ -33,6 +33,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
     hf='core checkpoint convert linear lloyd_max packed_model quantize recipe source',
     load='core checkpoint hf linear packed_model',
+    bank='core checkpoint experts kernels.layout linear packed_model',
     sampling='core',
     buffers='core',
     step='core linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.norms kernels.router',
