@@ -91,7 +91,7 @@ class NormStep:
         from hlwq.kernels.norms import add_rms_norm
         return add_rms_norm(x, self.norm.weight, self.eps, residual, extra, gate, self.centered)
 
-# %% ../nbs/25_step.ipynb #1b82738d
+# %% ../nbs/25_step.ipynb #29ba580a
 class AttentionStep:
     "Attention of one token: projections, norms and rotary embedding with the append, attention over the cache, gate, projection"
     def __init__(self, m):
@@ -120,7 +120,7 @@ class AttentionStep:
 
     def over_codes(self, q, k, v, layer, b):
         from hlwq.kernels.kv_attention import kv_append, kv_attention
-        one, two = (o.new_empty(len(o), -(-o[0].numel()//self.head_dim), 1, self.head_dim) for o in (k, v))      # a cache of one token: the kernel that fills it is that of the other caches
+        one, two = (o.new_empty(*o.shape[:2], 1, self.head_dim) for o in (k, v))    # a cache of one token: the kernel that turns a key also puts it somewhere
         r = self.turned(q, k, v, b, one, two, b.zero)
         kv_append(one[:, :, 0], two[:, :, 0], layer.halves, b.count, b.least, layer.query_rms)
         return kv_attention(r, layer.halves, b.count, b.start, self.scale, b.least)
