@@ -24,6 +24,7 @@ _modules = dict(
     packed_model='hlwq_report',
     hf='HLWQConfig HLWQQuantizer',
     load='load_model',
+    bank='HostBank',
     kv_cache='HLWQCache',
     generate='generate HLWQGenerator GenerationReport',
     custom_generate='custom_generate',

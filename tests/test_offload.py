@@ -9,6 +9,7 @@ import numpy as np,pytest
 transformers = pytest.importorskip('transformers')
 from transformers import AutoModelForCausalLM
 from hlwq import linear as linear_module
+from hlwq.bank import bank_from_model
 from hlwq.cache_policy import ExpertTable,make_policy
 from hlwq.cache_sim import record_routing,simulate_cache,synthetic_trace
 from hlwq.core import ConfigError,UnsupportedError,asset_path
@@ -335,8 +336,8 @@ def test_report_and_memory(tiny):
 
 def test_without_content(tiny):
     "A bank is enough: the model's own stacks may be on the meta device"
-    bank,m = memory_bank(tiny),copy.deepcopy(tiny)
-    for l in m.model.layers: l.mlp.experts.w13.to('meta'); l.mlp.experts.w2.to('meta')
+    bank,m = bank_from_model(copy.deepcopy(tiny)),copy.deepcopy(tiny)
+    bank_from_model(m)                                         # leaves nothing behind
     with pytest.raises(ConfigError, match='no content') as e: offload_experts(copy.deepcopy(m), 2)
     assert complete(e.value)
     ids = torch.randint(3, 8000, (1, 20))
@@ -354,9 +355,9 @@ def test_refusals(tiny):
     m = offload_experts(copy.deepcopy(tiny), 2, staging=2)
     other = copy.deepcopy(tiny); other.model.layers = other.model.layers[:2]
     for f,kind,match in ((lambda: offload_experts(m, 2), UnsupportedError, 'once'), (lambda: m(inputs_embeds=torch.randn(1, 2, 256, requires_grad=True)).logits.sum().backward(), UnsupportedError, 'no gradient'),
-        (lambda: offload_experts(copy.deepcopy(tiny), 2, bank=memory_bank(other)), ConfigError, 'bank: experts of 2 layers'),
+        (lambda: offload_experts(copy.deepcopy(tiny), 2, bank=bank_from_model(other)), ConfigError, 'bank: experts of 2 layers'),
         (lambda: m.model.layers[0].mlp.experts(act(1, 256), torch.tensor([[0, 1, 2, 16]]), torch.ones(1, 4)), ConfigError, 'numbers? .*16'),
-        (lambda: m.model.layers[0].mlp.experts(act(60, 256), torch.arange(240).view(60, 4) % 17, torch.ones(60, 4)), ConfigError, '16, need 0 to 15')):
+        (lambda: m.model.layers[0].mlp.experts(act(60, 256), torch.arange(240).view(60, 4) % 17, torch.ones(60, 4)), ConfigError, '14 numbers that do not exist')):
         with pytest.raises(kind, match=match) as e: f()
         assert complete(e.value)
     assert 'by copies that the host starts' in m.model.layers[0].mlp.experts.why_no_graph(1)
