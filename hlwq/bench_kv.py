@@ -8,8 +8,8 @@ __all__ = ['KV_WIDTHS', 'KV_SHAPES', 'KV_CONTEXTS', 'MODEL_SIZES', 'KV_MEMORY', 
            'plain_us', 'attention_row', 'attention_table', 'append_row', 'append_table', 'memory_row', 'memory_table',
            'kv_model', 'model_row', 'model_table', 'kv_cases', 'KVResult', 'run_kv', 'plot_kv_speed']
 
-# %% ../nbs/85_bench_kv.ipynb #51c98a11
-import copy, gc, statistics
+# %% ../nbs/85_bench_kv.ipynb #27164538
+import gc, copy, gc, statistics
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -235,7 +235,7 @@ def memory_table(
     return (('context', 'cache', 'predicted', 'measured', 'of bfloat16'),
         [(f"{r['context']:,}", 'bfloat16' if r['bits'] is None else width_name(r['bits']), human_bytes(r['predicted']), seen(r), '1' if r['bits'] is None or r['context'] not in plain else f"1/{plain[r['context']]/r['predicted']:.2f}") for r in rows])
 
-# %% ../nbs/85_bench_kv.ipynb #79b22e3d
+# %% ../nbs/85_bench_kv.ipynb #4db8dfa1
 MODEL_SIZES = dict(layers=8, num_experts=32, max_position_embeddings=65_536)
 
 def kv_model(
@@ -259,6 +259,7 @@ def model_row(
     for i in range(repeat + 1):                                # the first compiles and records
         g(ids, new, attention_mask=torch.ones_like(ids), eos_token_id=[], kv_bits=kv_bits)
         if i: seconds.append(g.report.decode_seconds); first.append(g.report.first_seconds)
+    gc.collect()                                               # a chunk of keys may wait for it
     r, b, before = g.report, g.buffers, _allocated()
     predicted = cache_bytes(model.config, 1, b.capacity, model.dtype, kv_bits)
     b.cache = None
