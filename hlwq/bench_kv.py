@@ -8,8 +8,8 @@ __all__ = ['KV_WIDTHS', 'KV_SHAPES', 'KV_CONTEXTS', 'MODEL_SIZES', 'KV_MEMORY', 
            'plain_us', 'attention_row', 'attention_table', 'append_row', 'append_table', 'memory_row', 'memory_table',
            'kv_model', 'model_row', 'model_table', 'kv_cases', 'KVResult', 'run_kv', 'plot_kv_speed']
 
-# %% ../nbs/85_bench_kv.ipynb #27164538
-import gc, copy, gc, statistics
+# %% ../nbs/85_bench_kv.ipynb #51c98a11
+import copy, gc, statistics
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
