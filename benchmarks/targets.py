@@ -87,8 +87,18 @@ def main():
         rows.append(row(f"KV cache, {model}{', outliers in the keys' if outliers else ''}: KL from the exact cache with {', '.join(o['what'] for o in got)}", 'at most ' + ', '.join(f"{o['target']:g}" for o in got), ', '.join(f"{o['kl']:.4f}" for o in got), all(o['reached'] for o in got), 'kv-quality'))
     full = {m['cache']:m['nbytes']/1e9 for m in kv['memory'] if m['tokens'] == 262_144}
     rows.append(row('KV cache, 10 layers x 2 heads x 256 at 262,144 tokens (5.37 GB in bfloat16): K4V4, K2V2', 'at most 1.45 GB, 0.80 GB', f"{full['K4V4']:.2f} GB, {full['K2V2']:.2f} GB", full['K4V4'] <= 1.45 and full['K2V2'] <= .8, 'kv-quality'))
+    ct = result('export-ct')
+    text, made, (normal, tails) = ct['plans']['language part'], ct['model'], (o['4 bits, ours'] for o in ct['errors'].values())
+    speed, worst = ct['speed']['best']['weights']/ct['speed']['best']['wall']/1e6, {d:max(abs(v[d]['relative']) for v in made['texts'].values()) for d in ('bfloat16', 'float32')}
+    cast = max(abs(o['relative_cast']) for v in made['texts'].values() for o in v.values())
+    rows += [
+        row('compressed-tensors, 4 bits: relative weight error, Gaussian and Student-t(4)', 'at most 0.101, 0.168', f'{normal:.4f}, {tails:.4f}', normal <= .101 and tails <= .168, 'export-ct'),
+        row('the same, planned for Qwen3.6-35B-A3B from its config: tensors, shapes beside them, bytes', '62,303; 30,970; 19.4 GB', f"{text['without_shapes']:,}; {text['n_matrices']:,}; {text['nbytes']/1e9:.2f} GB", (text['without_shapes'], text['n_matrices'], round(text['nbytes']/1e9, 1)) == (62303, 30970, 19.4), 'export-ct'),
+        row('export to compressed-tensors, files to files, 2 CPU cores', '60 M weights/s', f'{speed:.0f} M weights/s', speed >= 60, 'export-ct'),
+        row(f"{made['model']} exported, in transformers: perplexity against that of the original with code times scale for weights", 'within 1e-4', f"{worst['bfloat16']:.2g} in bfloat16; {worst['float32']:.2g} in float32, where transformers computes experts in bfloat16, {cast:.2g} without that", worst['bfloat16'] <= 1e-4 and cast <= 1e-4, 'export-ct'),
+        row('the same: matrices that the library unpacks to the bits of the reference', 'all', f"{made['library_equal']} of {made['n_matrices']}", made['library_equal'] == made['n_matrices'], 'export-ct')]
     if (RESULTS/'kv-speed.json').exists(): rows += kv_speed_rows(result('kv-speed')['parts'])
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode') and not f.stem.startswith('packed-')]
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode', 'export-ct') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -93,7 +93,7 @@ def prompt_mask(
     keys = torch.nn.functional.pad(real[:, :width], (0, max(0, width-real.shape[1])))
     return ((k <= q) & keys[:, None] | (k == q))[:, None]
 
-# %% ../nbs/24a_buffers.ipynb #8d46142e
+# %% ../nbs/24a_buffers.ipynb #642b1a54
 class Buffers:
     "What keeps its address from one decode step to the next"
     def __init__(self, model, batch, capacity, cache=None, kv_bits=None):
@@ -106,6 +106,7 @@ class Buffers:
         self.tokens = zeros(batch, capacity+1)                                     # prompt and what came after
         self.visible = zeros(batch, 1, 1, capacity, dtype=torch.bool)              # keys that the next query may see
         self.generator,self.seen,self.rope,self.fused = torch.Generator(self.device),None,None,False
+        self.prompts = None                                                        # recorded ones
         self.ends,self.graphs,self.warm,self.width = {},{},{},capacity             # by what they depend on: eos tensors, recorded steps, steps before recording
         self.least,self.zero,self.began,self.where = zeros(1),zeros(1),False,None  # blocks of codes that there are in any case, the first place, whether a step may follow, addresses of codes
 

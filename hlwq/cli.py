@@ -247,6 +247,31 @@ def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, 
     screen.say(f"{out}: {human_bytes(_weights(out))} of {dtype} weights, {100*_weights(out)/max(_weights(folder), 1):.0f} % of {folder}")
     screen.result(dict(out=str(out), dtype=dtype, nbytes=_weights(out), files=manifest['files']))
 
+# %% ../nbs/90_cli.ipynb #bee873d4
+_RESUMES.add('export-ct')
+
+@app.command('export-ct', epilog='Examples: hlwq export-ct path/to/model path/to/model-int4   or   hlwq export-ct path/to/config.json --dry-run')
+def _export_ct(src:Src, out:Annotated[Optional[str], typer.Argument(metavar='OUT', help='The folder to make. It appears when it is complete. Not needed with --dry-run.', show_default=False)]=None,
+               bits:Annotated[str, typer.Option('--bits', metavar='N', help='Bits a weight: 4 or 8.')]='4', recipe:RecipeFile=None,
+               signed:Annotated[bool, typer.Option('--signed', help='Allow negative scales: 4 % less error, but not every server may expect them.')]=False,
+               device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto',
+               max_shard_size:Annotated[str, typer.Option(metavar='SIZE', help='Largest file, such as 5GB or 500MB.')]='5GB', min_coverage:Coverage=0.9, overwrite:Overwrite=False,
+               no_resume:Annotated[bool, typer.Option('--no-resume', help='Start over, even if an unfinished OUT.partial could be used.')]=False,
+               dry_run:Annotated[bool, typer.Option('--dry-run', help='Say what would be written, and write nothing.')]=False, as_json:Json=False, quiet:Quiet=False):
+    """Writes a model as integers with a scale for every 128, in the compressed-tensors format that vLLM and transformers read.
+
+    Give it the original: exporting a folder of hlwq quantize loses more. Needs the package compressed-tensors: pip install 'hlwq\\[ct]'"""
+    from hlwq.core import ConfigError, human_bytes, parse_size
+    from hlwq.export_ct import export_compressed_tensors, plan_export
+    screen, size = Screen(as_json, quiet), parse_size(max_shard_size)
+    if dry_run: plan = plan_export(src, bits=_number(bits), recipe=recipe, min_coverage=min_coverage)
+    elif out is None: raise ConfigError("OUT: not given, need a folder to make; only --dry-run does without")
+    else: plan = export_compressed_tensors(src, out, bits=_number(bits), recipe=recipe, device=device, signed=signed, resume=not no_resume, overwrite=overwrite, progress=screen.progress,
+                                           max_shard_size=size, min_coverage=min_coverage)
+    screen.say(repr(plan))
+    if not dry_run: screen.say(f"{out}: {human_bytes(_weights(out))} of weights in {plan.measured['total']:.1f} s; serve it with {shlex.join(['vllm', 'serve', str(out)])}")
+    screen.result(dict(out=None if dry_run else str(out), **plan.to_json()))
+
 # %% ../nbs/90_cli.ipynb #c8f09404
 @app.command('eval', epilog='Example: hlwq eval path/to/model-Q5 --against path/to/model --text book.txt')
 def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='SRC', help='The model before it was quantized.', show_default=False)],

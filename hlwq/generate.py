@@ -17,10 +17,11 @@ from traceback import clear_frames
 import torch
 from fastcore.basics import patch
 
-# %% ../nbs/42_generate.ipynb #5f932ec3
+# %% ../nbs/42_generate.ipynb #c97b845a
 from .buffers import Buffers, attention_layers, has_codes, prompt_mask, static_cache, why_not
 from .core import ConfigError, HLWQPerformanceWarning, UnsupportedError, human_bytes, warn_once
 from .linear import why_no_kernels
+from .prompts import RecordedPrompts, padded_length
 from .sampling import Sampling, next_token
 from .step import DecodeStep
 
@@ -40,7 +41,7 @@ class HLWQGenerator:
         self.model,self.prefill_chunk,self.use_graphs,self.report = model,prefill_chunk,use_graphs,None
         self.kv_bits,self.kept,self.given,self.kv = None,{},None,{} # of the last call; buffers by bits; a cache that was brought, with its buffers; about the memory of codes
         self.use_kernels,self.step,self.addresses,self.why_no_step = use_kernels,None,None,'' if use_kernels else 'use_kernels is False'
-        self.replayed,self.no_kernels = False,''               # about the last call, for its report
+        self.replayed,self.no_kernels,self.no_graph = False,'',''    # about the last call, for its report
         self.config = model.config.get_text_config(decoder=True)
         self.cache_name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
         kinds = set(getattr(self.config, 'layer_types', None) or ())
@@ -82,10 +83,10 @@ def _step(self:HLWQGenerator, b):
     b.slot.add_(1)
     self._choose(b, logits)
 
-# %% ../nbs/42_generate.ipynb #e43f2bd5
+# %% ../nbs/42_generate.ipynb #510ceabd
 @patch
 def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else that of transformers
-    b.fused,self.no_kernels = False,''
+    b.fused,self.no_kernels,self.no_graph = False,'',''
     if b.device.type != 'cuda': return
     if b.own or b.coded: self._follow(b)
     why = why_no_kernels(b.device) or self._why_not_cache(b) or self._make_step()
@@ -94,6 +95,11 @@ def _choose_step(self:HLWQGenerator, b): # ours if it serves the model, else tha
         if b.coded and not b.own: b.reserve()
         self.step.bind(b)
         b.fused = True
+    self.no_graph = self._why_no_graph(b.batch)
+
+@patch
+def _why_no_graph(self:HLWQGenerator, tokens): # why so many tokens at once cannot be recorded, as a module of the model has it, or nothing
+    return next((why for m in self.model.modules() if (f := getattr(m, 'why_no_graph', None)) and (why := f(tokens))), '')
 
 @patch
 def _why_not_cache(self:HLWQGenerator, b): # why our step does not read the cache, or nothing
@@ -118,14 +124,22 @@ def _make_step(self:HLWQGenerator): # why there is none, or nothing
 def _follow(self:HLWQGenerator, b): # recorded steps hold addresses: they are void if weights have moved
     if self.addresses == addresses(self.model): return
     if self.step is not None: self.step.join()
-    for o in (b, *self.kept.values(), *(self.given or ())[1:]): o.graphs.clear(); o.warm.clear()
+    for o in (b, *self.kept.values(), *(self.given or ())[1:]):
+        o.graphs.clear(); o.warm.clear()
+        if o.prompts: o.prompts.clear()
     self.addresses = addresses(self.model)
 
 def addresses(
     model, # any model
 ) -> list: # of its parameters
     "Tells where the weights of a model are"
-    return [p.data_ptr() for p in model.parameters()]
+    return [p.data_ptr() for p in model.parameters()] + [o.address for o in [getattr(model, 'offload', None)] if o is not None]
+
+@patch
+def _padding(self:HLWQGenerator, n, more, cache): # tokens to put in front, so that prompts have few lengths
+    if self.model.device.type != 'cuda' or cache is not None or self.kv_bits is not None or self.config._attn_implementation != 'sdpa' or why_no_kernels(self.model.device) or self._make_step(): return 0
+    pad,room = padded_length(n, self.prefill_chunk) - n,getattr(self.config, 'max_position_embeddings', None)
+    return pad if room is None or n + pad + more <= room else 0
 
 @patch
 def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last position
@@ -134,9 +148,12 @@ def _prefill(self:HLWQGenerator, b, ids, real, start): # logits of the last posi
     for i in range(start, length, self.prefill_chunk):
         j = min(i+self.prefill_chunk, length)
         b.show(j if b.own or b.coded else b.capacity)
-        ours = b.fused and self.config._attn_implementation in ('sdpa', 'hlwq_kv')
-        mask = None if ours and i == 0 and not padded else prompt_mask(real, i, j, b.width)    # without one, attention is causal and faster
-        logits = (self.step.read if ours else self._logits)(b, ids[:, i:j], positions[:, i:j], mask, real[:, i:j] if padded else None)
+        now = ids[:, i:j],positions[:, i:j],real[:, :j]
+        if not (b.fused and self.config._attn_implementation in ('sdpa', 'hlwq_kv')): logits = self._logits(b, *now[:2], prompt_mask(real, i, j, b.width), real[:, i:j] if padded else None)
+        else:
+            if b.prompts is None: b.prompts = RecordedPrompts(self.step.read)
+            logits = b.prompts(b, i, padded, *now, record=self.use_graphs and b.own and not b.coded and not self._why_no_graph(now[0].numel()))
+            if b.prompts.seconds: self.capture_seconds = (self.capture_seconds or 0) + b.prompts.seconds
     b.begin()
     return logits
 
@@ -160,7 +177,7 @@ def _record(self:HLWQGenerator, b, key):
 @patch
 def _advance(self:HLWQGenerator, b, n): # one more token; n tokens will be in the cache
     if not b.fused and (width := b.width_for(n)) != b.width: b.show(width)
-    if b.device.type != 'cuda' or not self.use_graphs or not b.recordable: return self._step(b)
+    if b.device.type != 'cuda' or not self.use_graphs or not b.recordable or self.no_graph: return self._step(b)
     key = (b.fused or b.width, self.how, self.eos, self.pad)
     if key not in b.graphs and b.warm.setdefault(key, 0) == 2: self._record(b, key)
     if key in b.graphs:
@@ -188,7 +205,7 @@ def _stop_rows(b, start, n, stop, tokenizer): # marks rows whose text holds a st
     for i,row in enumerate(b.tokens[:, start:n].tolist()):
         if not b.finished[i] and stops_here(row, stop, tokenizer): b.finished[i] = True
 
-# %% ../nbs/42_generate.ipynb #cde3d391
+# %% ../nbs/42_generate.ipynb #5f0a11f1
 @dataclass(frozen=True)
 class GenerationReport:
     "What one generation took"
@@ -203,6 +220,7 @@ class GenerationReport:
     interrupted:bool=False # whether the user stopped it
     step:str='' # what computed the tokens after the first: "kernels, recorded", "transformers, recorded", either without recording, or "model.generate"
     no_kernels:str='' # why kernels of ours did not compute the step on a GPU, if they were wanted
+    no_graph:str='' # why the step was not recorded on a GPU, if a module of the model cannot be
     kv_cache:str='' # bits of a cache of codes, such as "K4V4"
     kv:object=None # a KVMemory: what that cache takes now, room for more tokens included
     kv_full:object=None # a KVMemory: what it would take at the full context of the model
@@ -217,7 +235,7 @@ class GenerationReport:
                  ('first token', f'{1e3*self.first_seconds:,.1f} ms', '')]
         if self.peak_bytes: lines.append(('peak memory', human_bytes(self.peak_bytes), ''))
         if self.capture_seconds is not None: lines.append(('recording', f'{self.capture_seconds:.2f} s', ''))
-        if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else ''))
+        if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else f'not recorded: {self.no_graph}' if self.no_graph else ''))
         for name,m in (('KV cache', self.kv), ('full context', self.kv_full)):
             if m: lines.append((name, human_bytes(m.nbytes), f'{self.kv_cache}, {m.rows} x {m.tokens:,} tokens, {m.share}'))
         return lines + [('interrupted', 'yes', '')]*self.interrupted
@@ -322,7 +340,7 @@ def _cached(cache, rows, needed, length): # tokens that a given cache holds
     if used >= length: raise ConfigError(f"cache: holds {used:,} tokens, need fewer than the {length:,} of input_ids; pass the whole text, or cache.reset()")
     return used
 
-# %% ../nbs/42_generate.ipynb #123a3385
+# %% ../nbs/42_generate.ipynb #51c46dd1
 @patch
 def _loop(self:HLWQGenerator, b, ids, real, start, max_new_tokens, stop, tokenizer, streamer, clock):
     n,every = ids.shape[1],1 if b.device.type != 'cuda' or stop or streamer or not b.recordable else 8
@@ -374,6 +392,8 @@ def kv_memory(
 
 @patch
 def _continue(self:HLWQGenerator, ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock): # ids, how many are new, what computed them, whether interrupted
+    given,pad = ids,self._padding(ids.shape[1], max_new_tokens, cache)
+    if pad: ids,real = torch.nn.functional.pad(ids, (pad, 0), value=self.pad),torch.nn.functional.pad(real, (pad, 0))
     (rows,length),interrupted,self.replayed = ids.shape,False,False
     needed = length+max_new_tokens-1                           # the last token is not read
     used = _cached(cache, rows, needed, length) if cache is not None else 0
@@ -382,14 +402,14 @@ def _continue(self:HLWQGenerator, ids, real, max_new_tokens, stop, tokenizer, st
     b.fill(ids, real, seed, None if self.how.repetition_penalty is None else self.config.vocab_size)
     self._choose_step(b)
     try:
-        if streamer: streamer.put(ids.cpu())
+        if streamer: streamer.put(given.cpu())
         self._loop(b, ids, real, used, max_new_tokens, stop, tokenizer, streamer, clock)
     except KeyboardInterrupt: interrupted = True
     finally: b.settle()
     if streamer: streamer.end()
     self._done_with(b)
     step = ('kernels' if b.fused else 'transformers') + ', recorded'*self.replayed
-    return b.tokens[:, :length+int(b.length.max())].clone(),int(b.length.sum()),step,interrupted
+    return b.tokens[:, pad:length+int(b.length.max())].clone(),int(b.length.sum()),step,interrupted
 
 # %% ../nbs/42_generate.ipynb #08a2e5fd
 class _Tap: # a streamer that notes when the first token came
@@ -457,12 +477,12 @@ def __call__(self:HLWQGenerator,
     why = why_not(model, cache, self.kv_bits)
     if why:
         out = self._fall_back(why, ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
-        new,step,self.no_kernels = _written(out[:, length:], self.eos, self.pad),'model.generate',''
+        new,step,self.no_kernels,self.no_graph = _written(out[:, length:], self.eos, self.pad),'model.generate','',''
     else:
         with self._room(rows, length+max_new_tokens-1): out,new,step,interrupted = self._continue(ids, real, max_new_tokens, stop, tokenizer, streamer, seed, cache, clock)
     end = perf_counter()
     first = clock[0] if clock else end
-    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, **self.kv)
+    self.report = GenerationReport(rows, int(real.sum()), new, first-start, end-first, _peak(model.device), self.capture_seconds, why, interrupted, step, self.no_kernels, self.no_graph, **self.kv)
     return out
 
 def _kv_bits(kv_bits, cache): # bits of keys and of values, or nothing

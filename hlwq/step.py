@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .core import UnsupportedError
 from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled
 
-# %% ../nbs/25_step.ipynb #836e9b07
+# %% ../nbs/25_step.ipynb #d2f07be3
 class Joined:
     "Several projections of one vector as one product; the layers keep views of the joined weight, so that memory stays the same"
     def __init__(self,
@@ -29,12 +29,20 @@ class Joined:
 
 def _merge(params): # one tensor, of which each parameter becomes a part
     if len(params) == 1: return params[0].data
+    if (whole := _merged(params)) is not None: return whole
     whole, at = torch.cat([p.data for p in params]), 0
     for p in params:
         part = whole[at:at+len(p)]
         replace_data_(p, lambda _: part)
         at += len(part)
     return whole
+
+def _merged(params): # the tensor of which they are parts already, because somebody else joined them; None otherwise
+    first, at = params[0].data, params[0].data_ptr()
+    for p in params:
+        if p.data_ptr() != at or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or not p.is_contiguous(): return
+        at += p.nbytes
+    return first.as_strided((sum(map(len, params)), *first.shape[1:]), first.stride())
 
 THIN_MAX_FEATURES = 512                                        # up to so many rows, matrices of 16 bits need not be joined: one kernel reads several
 
@@ -151,24 +159,32 @@ class DenseStep:
 class ExpertsStep:
     "Experts of one token: router, experts, and a shared expert whose gate the next norm applies"
     def __init__(self, m):
-        self.experts, self.top_k, self.normalize = m.experts, m.gate.top_k, getattr(m.gate, 'norm_topk_prob', True)
+        self.block, self.top_k, self.normalize = m, m.gate.top_k, getattr(m.gate, 'norm_topk_prob', True)
         self.wide_weights = type(m.gate).__name__ == 'MixtralTopKRouter'            # the only one that leaves them in float32
         self.shared = DenseStep(m.shared_expert) if hasattr(m, 'shared_expert') else None
         self.router, self.gate = m.gate, getattr(m, 'shared_expert_gate', None)
         self.joined = self.shared.joined if self.shared else []
 
+    @property
+    def experts(self): return self.block.experts               # they may have been replaced meanwhile
+
+    def both(self, x, ids, weights): # experts and shared expert; experts that come from the host are on their way first
+        if not self.shared: return self.experts(x, ids, weights), None
+        if not hasattr(self.experts, 'fetch'): return self.experts(x, ids, weights), self.shared.product(x)
+        self.experts.fetch(ids)
+        shared = self.shared.product(x)
+        return self.experts(x, ids, weights), shared
+
     def __call__(self, x, b):
         from hlwq.kernels.router import route_from_hidden
         if len(x) > 8: return self.many(x)
         weights, ids, gate = route_from_hidden(x, self.router.weight, self.top_k, self.normalize, torch.float32 if self.wide_weights else x.dtype, None if self.gate is None else self.gate.weight, b.counter)
-        y = self.experts(x, ids, weights)
-        return (y, self.shared.product(x), gate) if self.shared else (y, None, None)
+        return *self.both(x, ids, weights), gate if self.shared else None
 
     def many(self, x): # tokens of a prompt
         from hlwq.kernels.router import route
         weights, ids = route(nn.functional.linear(x, self.router.weight), self.top_k, self.normalize, torch.float32 if self.wide_weights else x.dtype)
-        y = self.experts(x, ids, weights)
-        return (y, self.shared.product(x), self.gate(x)) if self.shared else (y, None, None)
+        return *self.both(x, ids, weights), self.gate(x) if self.shared else None
 
 # %% ../nbs/25_step.ipynb #a099d633
 def decoder_of(

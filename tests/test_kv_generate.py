@@ -70,6 +70,7 @@ def test_same_codes_as_in_model_generate(kind, padded):
     got = g(ids, 6, attention_mask=mask, eos_token_id=[], kv_bits=(4, 2))
     name = 'cache' if g.cache_name == 'cache' else 'past_key_values'
     want = theirs(model, ids, mask, new=6, eos_token_id=[], **{name:cache})
+    got,want = got.cpu(),want.cpu()                            # the embedded model takes a GPU if there is one
     if torch.equal(got, want):
         for a,b in zip(layers_of(g.buffers.cache), layers_of(cache)): same_codes(a, b, exact=False, mask=mask)
     else: same_tokens(model, got, want, mask, 300)
@@ -262,10 +263,10 @@ def test_step_appends_to_heads_of_their_own(by_kernels):
     want = plain(ids.to(device), 5, eos_token_id=[])
     got = coded(ids.to(device), 5, eos_token_id=[], kv_bits=8)
     assert torch.equal(got, want)
-    layer,exact = coded.buffers.coded[0],plain.buffers.cache.layers[0]
+    layer,exact,pad = coded.buffers.coded[0],plain.buffers.cache.layers[0],int(plain.buffers.start)      # lengths are rounded up on a GPU, not those of codes
     assert layer.n_blocks == 1
     for out,x in zip(layer.decode(), (exact.keys, exact.values)):
-        x = x[:, :, :262]
+        x = x[:, :, pad:pad+262]
         assert torch.cosine_similarity(out, x, dim=-1).mean(-1).min() > .999
         for h in range(1, 4): assert torch.cosine_similarity(out, x.roll(h, 1), dim=-1).mean(-1).max() < .9
         assert torch.equal(out[:, :, 132:], x[:, :, 132:]) and torch.equal(out[:, :, :4], x[:, :, :4])

@@ -18,7 +18,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
        'kernels.gemv':'core lloyd_max kernels.cpu kernels.layout kernels.quantize kernels.lanes',
        'kernels.gemm':'core lloyd_max quantize kernels.layout kernels.quantize kernels.lanes kernels.gemv',
        'kernels.norms':'core kernels.layout kernels.quantize kernels.lanes',
-       'kernels.moe':'core lloyd_max kernels.quantize kernels.gemv kernels.gemm kernels.norms',
+       'kernels.moe':'core lloyd_max kernels.layout kernels.lanes kernels.quantize kernels.gemv kernels.gemm kernels.norms',
        'kernels.router':'core kernels.layout kernels.quantize kernels.lanes kernels.norms',
        'kernels.attention':'core kernels.layout kernels.quantize kernels.lanes',
        'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize',
@@ -28,6 +28,8 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core kernels.quantize lloyd_max quantize source recipe checkpoint',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
+    groups='core quantize',
+    export_ct='core quantize source recipe checkpoint convert groups',
     linear='core hadamard kernels.cpu kernels.gemm kernels.layout lloyd_max packing quantize',
     experts='core hadamard kernels.cpu kernels.moe linear lloyd_max quantize',
     packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
@@ -39,19 +41,23 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     kv_cache='core kv_codec kernels.kv_attention',
     buffers='core kv_cache',
     step='core linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.kv_attention kernels.norms kernels.router',
-    generate='buffers core kernels.kv_attention kv_cache linear sampling step',
+    prompts='buffers core',
+    generate='buffers core kernels.kv_attention kv_cache linear prompts sampling step',
+    custom_generate='core generate',
     cache_policy='core',
     cache_sim='core cache_policy',
+    **{'kernels.slots':'core kernels.layout kernels.lanes'},
+    offload='core cache_policy cache_sim experts kernels.moe kernels.slots linear quantize',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
     bench_kv='bench bench_decode core evaluate generate kernels.attention kernels.kv_attention kv_cache screen',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv cache_sim kv_cache',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv cache_sim export_ct kv_cache',
 ).items()}
 
-LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
+LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
 USERS = {'evaluate','demo','cli','hf','load','kv_cache'}    # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
@@ -113,7 +119,7 @@ BLOCK = '''
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
+        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
 sys.meta_path.insert(0, Blocked())
 '''
 
