@@ -466,6 +466,8 @@ assert len(kv_speed.share_cases(['attention', 'append', 'memory', 'model'])) == 
 for i in range(2): kv_speed.check_share(['attention', 'append'], f'{{i}}/2')
 sys.argv = ['kv_speed.py', '--write']
 kv_speed.main()
+sys.argv = ['kv_speed.py', '--write', '--only', 'memory']
+kv_speed.main()
 import hlwq.kernels.kv_attention as K
 right = K.kv_attention
 K.kv_attention = lambda *a, **k: right(*a, **k)*1.05
@@ -479,4 +481,5 @@ else: raise SystemExit('a wrong kernel was timed')
     assert a['plain']['ours16'] > 0 and set(a['us']) == {'K4V4','K3V2'} and all(0 < e < .01 for e in a['error'].values()) and ('K4V4' in a['ratio']) == (a['best_us'] is not None)
     assert all(m['predicted'] == m['tensors'] and m['measured'] is None for m in r['parts']['memory'])
     assert [m['bits'] for m in r['parts']['model']] == [None,[4,4],[3,2]] and all(m['predicted'] > 0 and m['tokens_per_second'] > 0 for m in r['parts']['model'])
-    assert '## Append: one token' in page and 'FAILED' not in page
+    assert '## Append: one token' in page and 'FAILED' not in page and list(r['parts']) == ['attention','append','memory','model']
+    assert page.count('`python benchmarks/kv_speed.py --write`') == 3 and page.count('`python benchmarks/kv_speed.py --write --only memory`') == 1
