@@ -524,6 +524,26 @@ def test_wide_activations_on_tiles(as_gpu):
     o = few_places(offloaded([m], 1, on_device=False), 4)
     for x,ids,w in tile_calls(lengths=(1, 17), dtype=torch.float32): assert torch.equal(o.layers[0](x, ids, w), m(x, ids, w))
 
+@torch.no_grad()
+def test_step_of_few_launches(tiny, monkeypatch):
+    "The step that generate uses on GPUs: it fetches before the shared expert, and looks its experts up at every call"
+    from hlwq import step as step_module
+    from test_step import generator,prepared,prompt
+    if not GPU: monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    res,model = [],copy.deepcopy(tiny).to(device)
+    ids,mask = (o.to(device) for o in prompt(model, 1, False))
+    b = prepared(generator(model), ids, mask.bool())
+    step = step_module.DecodeStep(model)
+    step.bind(b)
+    kept = [(o,[t.clone() for t in tensors]) for o in b.cache.layers for tensors in [[getattr(o, n) for n in ('keys', 'values') if hasattr(o, n)] + [t for n in ('conv_states', 'recurrent_states') for t in getattr(o, n, {}).values()]]]
+    for again in (False, True):
+        if again:
+            offload_experts(model, 2, staging=2)
+            for o,tensors in kept:
+                for t,was in zip([getattr(o, n) for n in ('keys', 'values') if hasattr(o, n)] + [t for n in ('conv_states', 'recurrent_states') for t in getattr(o, n, {}).values()], tensors): t.copy_(was)
+        res.append(step(b))
+    assert torch.equal(*res) and model.offload_stats().total.misses > 0
+
 # --- a real GPU
 
 gpu = pytest.mark.skipif(not GPU, reason='needs a CUDA device')
