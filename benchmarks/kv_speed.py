@@ -3,12 +3,13 @@
     python benchmarks/kv_speed.py --precompile 16 --write      # needs a CUDA device; writes docs/results/kv-speed.json and kv-speed.md
     python benchmarks/kv_speed.py --only attention,append      # some of attention, append, memory, model
 
-Each row is compared with its definition before it is timed, and printed as soon as it is known; --write saves after each part. --precompile N first compiles the kernels in N processes, which
+Each row is compared with its definition before it is timed, and printed as soon as it is known; --write saves after each part, and keeps parts that this run does not measure, with the line
+that says where they come from. --precompile N first compiles the kernels in N processes, which
 run their share of the cases once without timing anything: Triton keeps what it compiled on disk, but compiles one kernel at a time.
 """
-import argparse, os, subprocess, sys, time
+import argparse, json, os, subprocess, sys, time
 
-import torch
+import common, torch
 from common import about, said, save
 from hlwq import bench, bench_kv
 from hlwq.bench_kv import KV_TABLES, kv_cases
@@ -67,9 +68,15 @@ def page(r):
     for part,rows in r['parts'].items():
         if not rows: continue
         head, body = KV_TABLES[part](rows)
-        lines += ['', f'## {TITLES[part]}', '', '| ' + ' | '.join(head) + ' |', '|---|' + '---:|'*(len(head)-1), *('| ' + ' | '.join(line) + ' |' for line in body)]
+        lines += ['', f'## {TITLES[part]}', '', r['by'][part], '', '| ' + ' | '.join(head) + ' |', '|---|' + '---:|'*(len(head)-1), *('| ' + ' | '.join(line) + ' |' for line in body)]
     notes = list(dict.fromkeys(n for row in r['parts'].get('attention', ()) for n in row['notes']))
-    return '\n'.join([*lines, '', *(f'- {n}' for n in notes), *(f'- FAILED: {f}' for f in r['failed']), '', said(r)])
+    return '\n'.join([*lines, '', *(f'- {n}' for n in notes), *(f'- FAILED: {f}' for f in r['failed'])])
+
+def earlier():
+    "Parts of an earlier run, and where they come from"
+    path = common.RESULTS/'kv-speed.json'
+    old = json.loads(path.read_text()) if path.exists() else dict(parts={})
+    return old['parts'], {p:old.get('by', {}).get(p) or said(old) for p in old['parts']}
 
 def show(part, row): print('  '.join(KV_TABLES[part]([row])[1][0]), flush=True)
 
@@ -100,11 +107,13 @@ def main():
     if a.share: return check_share(parts, a.share)
     start = time.perf_counter()
     if a.precompile: precompile(parts, a.precompile)
-    r = dict(about(), gpu=bench.machine(), ceilings=bench.ceilings(), parts={}, failed=[])
+    parts_before, by = earlier() if a.write else ({}, {})
+    r = dict(about(), gpu=bench.machine(), ceilings=bench.ceilings(), parts={p:rows for p,rows in parts_before.items() if p not in parts}, by={p:o for p,o in by.items() if p not in parts}, failed=[])
     print(r['gpu'], r['ceilings'], flush=True)
     for part in parts:
         print(f'== {part}, after {time.perf_counter()-start:.0f} s', flush=True)
-        r['parts'][part] = measure(part, r['ceilings'], r['failed'])
+        r['parts'][part], r['by'][part] = measure(part, r['ceilings'], r['failed']), said(r)
+        r['parts'] = {p:r['parts'][p] for p in TITLES if p in r['parts']}
         r['seconds'] = round(time.perf_counter()-start)
         if a.write: save('kv-speed', r, page(r))
     print(page(r))

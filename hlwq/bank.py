@@ -157,7 +157,7 @@ def _read(rows, layout, reader, place, target, device): # a projection of a laye
                 packed[e, r], norms[e, r] = q.packed.view(q.out_features, -1), q.norms
         _put(rows, layout, place, packed, norms, target.book.bits, a, device)
 
-# %% ../nbs/40_bank.ipynb #757f5d1b
+# %% ../nbs/40_bank.ipynb #ed53c69a
 def _layers(targets): # module path -> (up, down)
     found = {}
     for t in targets:
@@ -167,7 +167,7 @@ def _layers(targets): # module path -> (up, down)
 def _one_layout(pairs, tiles, norms): # of all layers
     kinds = {(tuple(p.shape for p in l.parts.values()), l.nbytes):l for l in (expert_row(*p, tiles, norms) for p in pairs)}
     books = {(u.book.bits, u.book.centroids.numpy().tobytes(), d.book.centroids.numpy().tobytes()) for u,d in pairs}
-    if not kinds: raise UnsupportedError("no packed experts, need a mixture of experts with them; quantize its experts, or load the model without an expert cache")
+    if not kinds: raise UnsupportedError("experts: no packed experts in the model, need a mixture of experts with them; quantize its experts, or load the model without an expert cache")
     if len(kinds) > 1 or len(books) > 1: raise UnsupportedError(f"experts of {max(len(kinds), len(books))} kinds in different layers, need one shape, width and codebook in all; quantize them alike")
     return next(iter(kinds.values()))
 

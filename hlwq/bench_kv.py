@@ -197,10 +197,16 @@ def append_table(
     return (('heads', 'bits', 'one token, µs a layer', 'the token that completes a block', 'mean'),
         [(f"{r['kv_heads']} x {r['head_dim']}", width_name(r['bits']), *(f'{r[k]:.2f}' for k in ('token_us', 'block_us', 'mean_us'))) for r in rows])
 
-# %% ../nbs/85_bench_kv.ipynb #f14fa0f2
-def _allocated():
+# %% ../nbs/85_bench_kv.ipynb #147b0d27
+def _in_use(): # bytes that tensors asked for, bytes that the allocator gave them
     gc.collect()
-    return torch.cuda.memory_allocated(DEVICE) if torch.device(DEVICE).type == 'cuda' else None
+    if torch.device(DEVICE).type != 'cuda': return None, None
+    return torch.cuda.memory_stats(DEVICE)['requested_bytes.all.current'], torch.cuda.memory_allocated(DEVICE)
+
+def _taken(more, less): return dict(zip(('measured', 'allocated'), (None if a is None else a - b for a,b in zip(more, less))))
+
+def _seen(r): return '-' if r['measured'] is None else f"{human_bytes(r['measured'])} ({100*(r['measured']/r['predicted'] - 1):+.2f} %)"
+def _given(r): return '-' if r.get('allocated') is None else human_bytes(r['allocated'])
 
 @torch.no_grad()
 def memory_row(
@@ -212,15 +218,15 @@ def memory_row(
 ) -> dict: # one line of the table
     "Allocates a cache for so many tokens, and compares its bytes with the prediction"
     from hlwq.kv_cache import HLWQLayer, static_tokens
-    config, before = _ten(layers, kv_heads, head_dim), _allocated()
+    config, before = _ten(layers, kv_heads, head_dim), _in_use()
     x = torch.empty(1, kv_heads, 0, head_dim, dtype=torch.bfloat16, device=DEVICE)
     if bits is None: kept = [torch.zeros(2, 1, kv_heads, context, head_dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(layers)]
     else:
         kept = [HLWQLayer(*bits, reserve=static_tokens(context)) for _ in range(layers)]
         for o in kept: o.lazy_initialization(x, x)
-    after = _allocated()
+    after = _in_use()
     nbytes = sum(t.nbytes for t in kept) if bits is None else sum(map(layer_nbytes, kept))
-    return dict(context=context, bits=None if bits is None else list(bits), layers=layers, predicted=cache_bytes(config, 1, context, torch.bfloat16, bits), tensors=nbytes, measured=None if after is None else after - before)
+    return dict(context=context, bits=None if bits is None else list(bits), layers=layers, predicted=cache_bytes(config, 1, context, torch.bfloat16, bits), tensors=nbytes, **_taken(after, before))
 
 def _ten(layers, kv_heads, head_dim):
     from transformers import Qwen3Config
@@ -231,11 +237,10 @@ def memory_table(
 ) -> tuple: # titles, rows of strings
     "Lays out bytes, and how many times fewer than in bfloat16"
     plain = {r['context']:r['predicted'] for r in rows if r['bits'] is None}
-    seen = lambda r: '-' if r['measured'] is None else f"{human_bytes(r['measured'])} ({100*(r['measured']/r['predicted'] - 1):+.2f} %)"
-    return (('context', 'cache', 'predicted', 'measured', 'of bfloat16'),
-        [(f"{r['context']:,}", 'bfloat16' if r['bits'] is None else width_name(r['bits']), human_bytes(r['predicted']), seen(r), '1' if r['bits'] is None or r['context'] not in plain else f"1/{plain[r['context']]/r['predicted']:.2f}") for r in rows])
+    return (('context', 'cache', 'predicted', 'measured', 'from the allocator', 'of bfloat16'),
+        [(f"{r['context']:,}", 'bfloat16' if r['bits'] is None else width_name(r['bits']), human_bytes(r['predicted']), _seen(r), _given(r), '1' if r['bits'] is None or r['context'] not in plain else f"1/{plain[r['context']]/r['predicted']:.2f}") for r in rows])
 
-# %% ../nbs/85_bench_kv.ipynb #79b22e3d
+# %% ../nbs/85_bench_kv.ipynb #3fc5f876
 MODEL_SIZES = dict(layers=8, num_experts=32, max_position_embeddings=65_536)
 
 def kv_model(
@@ -259,20 +264,19 @@ def model_row(
     for i in range(repeat + 1):                                # the first compiles and records
         g(ids, new, attention_mask=torch.ones_like(ids), eos_token_id=[], kv_bits=kv_bits)
         if i: seconds.append(g.report.decode_seconds); first.append(g.report.first_seconds)
-    r, b, before = g.report, g.buffers, _allocated()
+    r, b, before = g.report, g.buffers, _in_use()
     predicted = cache_bytes(model.config, 1, b.capacity, model.dtype, kv_bits)
     b.cache = None
-    after = _allocated()
+    after = _in_use()
     return dict(bits=None if kv_bits is None else list(kv_bits), context=context, new=new, step=r.step, no_kernels=r.no_kernels, tokens_per_second=(new - 1)/statistics.median(seconds), first_ms=1e3*statistics.median(first), peak_bytes=r.peak_bytes,
-        weights=model_bytes(model), capacity=b.capacity, predicted=predicted, measured=None if after is None else before - after)
+        weights=model_bytes(model), capacity=b.capacity, predicted=predicted, **_taken(before, after))
 
 def model_table(
     rows:list, # from model_row
 ) -> tuple: # titles, rows of strings
     "Lays out what a model with a long prompt does"
-    seen = lambda r: '-' if r['measured'] is None else f"{human_bytes(r['measured'])} ({100*(r['measured']/r['predicted'] - 1):+.2f} %)"
-    return (('cache', 'context', 'step', 'tokens/s', 'first token, ms', 'cache, predicted', 'cache, measured', 'peak'),
-        [('bfloat16' if r['bits'] is None else width_name(r['bits']), f"{r['context']:,}", r['step'], f"{r['tokens_per_second']:.1f}", f"{r['first_ms']:.0f}", human_bytes(r['predicted']), seen(r), '-' if r['peak_bytes'] is None else human_bytes(r['peak_bytes'])) for r in rows])
+    return (('cache', 'context', 'step', 'tokens/s', 'first token, ms', 'cache, predicted', 'cache, measured', 'from the allocator', 'peak'),
+        [('bfloat16' if r['bits'] is None else width_name(r['bits']), f"{r['context']:,}", r['step'], f"{r['tokens_per_second']:.1f}", f"{r['first_ms']:.0f}", human_bytes(r['predicted']), _seen(r), _given(r), '-' if r['peak_bytes'] is None else human_bytes(r['peak_bytes'])) for r in rows])
 
 # %% ../nbs/85_bench_kv.ipynb #55c4fd19
 KV_MEMORY = (8192, 32_768, 262_144)                            # contexts whose memory is measured

@@ -318,7 +318,7 @@ def _show_comparison(c, screen, before, after):
                  ('quantized', human_bytes(after), str(c.ppl_b), str(c.ratio), str(c.kl), f'{100*c.top1:.2f} ± {100*c.top1.error:.2f}')])
     screen.say(f'{c.n_tokens:,} tokens in {c.n_windows} windows; ± is one standard error. Ratio, KL and top-1 compare the same text, so their errors are small.')
 
-# %% ../nbs/90_cli.ipynb #8f2f9a3b
+# %% ../nbs/90_cli.ipynb #c7c11952
 def _sampling(max_new_tokens, temperature, narrower, penalty, stop, prefill_chunk):
     "What a generator gets, refused here if it cannot be meant: before anything is loaded"
     from hlwq.core import ConfigError
@@ -352,8 +352,8 @@ def _told(r, backends):
 
 def _told_kv(r):
     from hlwq.core import human_bytes
-    full = '' if r.kv_full is None else f', {human_bytes(r.kv_full.nbytes)} or 1/{r.kv_full.ratio:.2f} at {r.kv_full.tokens:,} tokens'
-    return f'; KV cache: {r.kv_cache}, {human_bytes(r.kv.nbytes)} or 1/{r.kv.ratio:.2f} of 16 bits{full}'
+    full = '' if r.kv_full is None else f', {human_bytes(r.kv_full.nbytes)}, {r.kv_full.share}, at {r.kv_full.tokens:,} tokens'
+    return f'; KV cache: {r.kv_cache}, {human_bytes(r.kv.nbytes)}, {r.kv.share}{full}'
 
 # %% ../nbs/90_cli.ipynb #f8639f80
 @app.command('generate', epilog='Example: hlwq generate path/to/model-Q5 --prompt "It was a dark and stormy night;"')

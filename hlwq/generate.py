@@ -205,7 +205,7 @@ def _stop_rows(b, start, n, stop, tokenizer): # marks rows whose text holds a st
     for i,row in enumerate(b.tokens[:, start:n].tolist()):
         if not b.finished[i] and stops_here(row, stop, tokenizer): b.finished[i] = True
 
-# %% ../nbs/42_generate.ipynb #791a044a
+# %% ../nbs/42_generate.ipynb #5f0a11f1
 @dataclass(frozen=True)
 class GenerationReport:
     "What one generation took"
@@ -237,7 +237,7 @@ class GenerationReport:
         if self.capture_seconds is not None: lines.append(('recording', f'{self.capture_seconds:.2f} s', ''))
         if self.step: lines.append(('step', self.step, f"because {self.fallback}" if self.fallback else f'no kernels: {self.no_kernels}' if self.no_kernels else f'not recorded: {self.no_graph}' if self.no_graph else ''))
         for name,m in (('KV cache', self.kv), ('full context', self.kv_full)):
-            if m: lines.append((name, human_bytes(m.nbytes), f'{self.kv_cache}, {m.rows} x {m.tokens:,} tokens, 1/{m.ratio:.2f} of 16 bits'))
+            if m: lines.append((name, human_bytes(m.nbytes), f'{self.kv_cache}, {m.rows} x {m.tokens:,} tokens, {m.share}'))
         return lines + [('interrupted', 'yes', '')]*self.interrupted
     def to_json(self): return asdict(self) | dict(prompt_tokens_per_second=self.prompt_tokens_per_second, decode_tokens_per_second=self.decode_tokens_per_second)
     def __repr__(self): return '\n'.join(f'{a:<12} {b:>14}  {c}'.rstrip() for a,b,c in self._lines())

@@ -409,7 +409,7 @@ def parse_kv_bits(
     if len(bits) != 2: raise ConfigError(f'kv_bits: {kv_bits!r}, need bits of keys and of values, or one number for both; 4, (4, 2), "4,2" or one of {listing(KV_PRESETS)}')
     return tuple(check_kv_bits(name, o) for name,o in zip(('k_bits', 'v_bits'), bits))
 
-# %% ../nbs/30_kv_cache.ipynb #59324664
+# %% ../nbs/30_kv_cache.ipynb #ed2e131c
 @dataclass(repr=False)
 class KVMemory:
     "Tells what the full-attention layers of a cache take, and what they would take in 16 bits"
@@ -426,6 +426,8 @@ class KVMemory:
     def nbytes(self): return self.codes + self.statistics + self.exact + self.spare
     @property
     def ratio(self): return self.baseline/self.nbytes if self.nbytes else 1.
+    @property
+    def share(self): return f'1/{self.ratio:.2f} of 16 bits' if self.ratio >= 1 else f'{self.nbytes/self.baseline:.1f} times 16 bits' if self.baseline else 'no tokens'
     def __repr__(self):
         parts = ', '.join(f'{k} {human_bytes(getattr(self, k))}' for k in ('codes', 'statistics', 'exact', 'spare', 'other') if getattr(self, k))
         return f"{self.rows} x {self.tokens:,} tokens: {human_bytes(self.nbytes)} instead of {human_bytes(self.baseline)} ({self.ratio:.2f}x): {parts}"

@@ -66,7 +66,7 @@ def test_refused_on_wrong_machines(monkeypatch):
     with pytest.raises(UnsupportedError, match='triton is not installed, need 3.2'): require_gpu()
 
 @no_gpu
-@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize or decode'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
+@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize, decode or kv'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
     ('quantize --rows 8','bench quantize'), ('quantize --shape 8x8','bench quantize'), ('quantize --json nowhere/x.json','nowhere/x.json'), ('kernels --json .','cannot be written'), ('','hlwq bench --help'),
     ('decode','no CUDA device'), ('decode --model qwen3.6,llama --bits 5,4,bf16 --rows 1,8 --context 128,8192 --new 128 --layers 4','no CUDA device'), ('decode --model qwen3','fits Qwen3.6-35B-A3B, Qwen3-30B-A3B, Qwen3-8B, need one of'),
     ('decode --model ""','fits Qwen3.6'), ('decode --bits 7','need one of 2, 3, 4, 5, 6, 8'), ('decode --bits fp8','and bf16'), ('decode --rows 0','rows'), ('decode --context some','context'), ('decode --new 1','new: 1'), ('decode --layers 0','layers: 0'),
@@ -466,6 +466,8 @@ assert len(kv_speed.share_cases(['attention', 'append', 'memory', 'model'])) == 
 for i in range(2): kv_speed.check_share(['attention', 'append'], f'{{i}}/2')
 sys.argv = ['kv_speed.py', '--write']
 kv_speed.main()
+sys.argv = ['kv_speed.py', '--write', '--only', 'memory']
+kv_speed.main()
 import hlwq.kernels.kv_attention as K
 right = K.kv_attention
 K.kv_attention = lambda *a, **k: right(*a, **k)*1.05
@@ -479,4 +481,5 @@ else: raise SystemExit('a wrong kernel was timed')
     assert a['plain']['ours16'] > 0 and set(a['us']) == {'K4V4','K3V2'} and all(0 < e < .01 for e in a['error'].values()) and ('K4V4' in a['ratio']) == (a['best_us'] is not None)
     assert all(m['predicted'] == m['tensors'] and m['measured'] is None for m in r['parts']['memory'])
     assert [m['bits'] for m in r['parts']['model']] == [None,[4,4],[3,2]] and all(m['predicted'] > 0 and m['tokens_per_second'] > 0 for m in r['parts']['model'])
-    assert '## Append: one token' in page and 'FAILED' not in page
+    assert '## Append: one token' in page and 'FAILED' not in page and list(r['parts']) == ['attention','append','memory','model']
+    assert page.count('`python benchmarks/kv_speed.py --write`') == 3 and page.count('`python benchmarks/kv_speed.py --write --only memory`') == 1

@@ -48,7 +48,7 @@ def same_codes(a, b, exact=True, mask=None):
 
 # --- by the layers of transformers: any device
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', (*KINDS, 'qwen3_5_moe'))
 @pytest.mark.parametrize('rows,padded,chunk', ((1, False, 2048), (3, True, 2048), (2, True, 100)))
 def test_exact_blocks_give_the_tokens_of_the_plain_cache(kind, rows, padded, chunk):
     "Blocks of 16 bits: a block is completed while the prompt is read, another by a new token"
@@ -180,7 +180,7 @@ def test_cache_bytes(kind, bits):
         assert (r.kv.tokens, r.kv.rows, r.kv_full.tokens, r.kv_full.rows) == (n+1, rows, model.config.max_position_embeddings, rows)
     assert r.kv_full.ratio > r.kv.ratio
     words = repr(r)
-    assert f'K{bits[0]}V{bits[1]}, 2 x 701 tokens' in words and f'{model.config.max_position_embeddings:,} tokens, 1/{r.kv_full.ratio:.2f} of 16 bits' in words
+    assert f'K{bits[0]}V{bits[1]}, 2 x 701 tokens' in words and f'{model.config.max_position_embeddings:,} tokens, {r.kv_full.share}' in words and r.kv_full.share.startswith('1/')
     assert r.to_json()['kv']['codes'] == r.kv.codes > 0
 
 def test_no_codes_no_lines():
@@ -316,6 +316,45 @@ def test_their_step_is_not_recorded(pretend):
     out = g(ids, 20, attention_mask=mask, eos_token_id=[], kv_bits=4)
     assert g.report.step == 'transformers' and g.report.capture_seconds is None
     assert torch.equal(out, HLWQGenerator(model, use_kernels=False, use_graphs=False)(ids, 20, attention_mask=mask, eos_token_id=[], kv_bits=4))
+
+@pytest.fixture
+def recorded(pretend, monkeypatch):
+    "The CPU passes for a CUDA device with kernels, which are simulated; a recording runs the step again"
+    monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    bind = DecodeStep.bind
+    def on_cpu(self, b):
+        as_cuda,b.device = b.device,torch.device('cpu')
+        bind(self, b)
+        b.device = as_cuda
+    monkeypatch.setattr(DecodeStep, 'bind', on_cpu)
+
+@pytest.mark.skipif(GPU, reason='for real below')
+def test_recorded_steps_are_counted(recorded):
+    "Two steps by hand, then replays, over the end of a block; the layers know afterwards, and the report says what took how much"
+    model = model_for('one llama')
+    ids,_ = prompt(model, 1, False, 256)
+    g = HLWQGenerator(model)
+    out = g(ids, 7, eos_token_id=[], kv_bits='4')
+    assert g.report.step == 'kernels, recorded' and g.report.capture_seconds and g.buffers.warm and len(g.buffers.graphs) == 1
+    layer, = layers_of(g.buffers.cache)
+    assert (layer.length, layer.n_blocks, g.report.kv.tokens) == (262, 1, 262) and g.report.kv.nbytes == layer.nbytes
+    want = HLWQGenerator(model, use_kernels=False)(ids, 7, eos_token_id=[], kv_bits=4)
+    assert torch.equal(out, want)
+    assert torch.equal(g(ids, 4, eos_token_id=[], kv_bits=(4, 4)), want[:, :260]) and g.report.capture_seconds is None and g.report.step == 'kernels, recorded'
+
+@pytest.mark.skipif(GPU, reason='for real below')
+def test_recordings_of_a_cache_that_is_brought_serve_again(recorded):
+    model = model_for('one llama')
+    ids,_ = prompt(model, 1, False, 256)
+    g,cache = HLWQGenerator(model),HLWQCache(model.config)
+    first = g(ids, 5, cache=cache, eos_token_id=[])
+    assert g.report.step == 'kernels, recorded' and g.report.capture_seconds and cache.get_seq_length() == 260
+    kept = g.given[1]
+    then = g(first, 3, cache=cache, eos_token_id=[])
+    assert g.given[1] is kept and g.report.step == 'kernels, recorded' and g.report.capture_seconds is None
+    assert torch.equal(then, HLWQGenerator(model, use_kernels=False)(ids, 8, eos_token_id=[], kv_bits=4))
+    g(torch.cat([then, ids], 1), 1, cache=cache, eos_token_id=[])           # more than there is room for
+    assert g.given[1] is not kept and cache.get_seq_length() == 520
 
 def test_recordings_are_void_when_codes_move():
     model = model_for('llama')
