@@ -480,6 +480,20 @@ def test_device_path(as_gpu, slots, policy):
     assert o.layers[0].why_no_graph() == '' and 'device decides' in repr(s)
     for l in range(len(o.layers)): assert sorted(t for t in o.offload.tables.table(l).tolist() if t >= 0) == list(range(slots))
 
+@pytest.mark.skipif(GPU, reason='test_long_prompts_on_the_card does it for real')
+@torch.no_grad()
+def test_long_prompts_in_groups(as_gpu, monkeypatch):
+    "So many tokens that experts are decoded for one grouped product, which only a GPU has: here it is a loop"
+    def loop(x, w, offs): return torch.cat([x[a:b].float() @ m.float() for m,a,b in zip(w, [0, *offs.tolist()], offs.tolist())]).to(x.dtype)
+    monkeypatch.setattr(moe, '_can_group', lambda x, norms, E: True)
+    monkeypatch.setattr(torch.nn.functional, 'grouped_mm', loop, raising=False)
+    m,(x,ids,w) = tiles_layer(3),*tile_calls(3, 2, (80,))
+    want = m(x, ids, w)
+    for on_device,groups in ((False, True), (True, False)):
+        o = few_places(offloaded([m], 1, on_device=on_device), 2)
+        if groups: monkeypatch.setattr(o.offload, 'fits', lambda pairs: False, raising=False)
+        assert torch.equal(o.layers[0](x, ids, w), want) and o.offload.prompts == [[groups, 0, 3*groups]]
+
 @torch.no_grad()
 def test_host_path_on_tiles(as_gpu):
     m,results = tiled()
@@ -509,6 +523,26 @@ def test_wide_activations_on_tiles(as_gpu):
     m = tiles_layer()
     o = few_places(offloaded([m], 1, on_device=False), 4)
     for x,ids,w in tile_calls(lengths=(1, 17), dtype=torch.float32): assert torch.equal(o.layers[0](x, ids, w), m(x, ids, w))
+
+@torch.no_grad()
+def test_step_of_few_launches(tiny, monkeypatch):
+    "The step that generate uses on GPUs: it fetches before the shared expert, and looks its experts up at every call"
+    from hlwq import step as step_module
+    from test_step import generator,prepared,prompt
+    if not GPU: monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    res,model = [],copy.deepcopy(tiny).to(device)
+    ids,mask = (o.to(device) for o in prompt(model, 1, False))
+    b = prepared(generator(model), ids, mask.bool())
+    step = step_module.DecodeStep(model)
+    step.bind(b)
+    kept = [(o,[t.clone() for t in tensors]) for o in b.cache.layers for tensors in [[getattr(o, n) for n in ('keys', 'values') if hasattr(o, n)] + [t for n in ('conv_states', 'recurrent_states') for t in getattr(o, n, {}).values()]]]
+    for again in (False, True):
+        if again:
+            offload_experts(model, 2, staging=2)
+            for o,tensors in kept:
+                for t,was in zip([getattr(o, n) for n in ('keys', 'values') if hasattr(o, n)] + [t for n in ('conv_states', 'recurrent_states') for t in getattr(o, n, {}).values()], tensors): t.copy_(was)
+        res.append(step(b))
+    assert torch.equal(*res) and model.offload_stats().total.misses > 0
 
 # --- a real GPU
 
