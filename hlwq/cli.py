@@ -411,26 +411,27 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
         raise KeyboardInterrupt
 
 # %% ../nbs/90_cli.ipynb #893c0f13
-_BENCH = dict(kernels=('bits', 'shape', 'rows'), quantize=('bits', 'shape', 'rows'), decode=('model', 'bits', 'rows', 'context', 'new', 'layers'), kv=('bits', 'context'))
+_BENCH = dict(kernels=('bits', 'shape', 'rows'), quantize=('bits', 'shape', 'rows'), decode=('model', 'bits', 'rows', 'context', 'new', 'layers'), kv=('bits', 'context'), offload=('slots', 'bits', 'new', 'layers'))
 
-@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16   or   hlwq bench kv')
-def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode|kv', help='Products with packed weights, quantizing, whole models that write, or attention over codes.', show_default=False)],
+@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16   or   hlwq bench kv   or   hlwq bench offload')
+def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode|kv|offload', help='Products with packed weights, quantizing, whole models that write, attention over codes, or a model that writes with most experts on the host.', show_default=False)],
            bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them; for decode bf16 too, for kv such as 4,K3V2.', show_default=False)]=None,
            shape:Annotated[Optional[List[str]], typer.Option('--shape', metavar='OUTxIN', help='Rows x columns of a matrix; may be given several times.', show_default=False)]=None,
            rows:Annotated[Optional[str], typer.Option('--rows', metavar='N,...', help='Rows that are multiplied at a time, 1 is one token; for decode, texts at once.', show_default=False)]=None,
            model:Annotated[Optional[str], typer.Option('--model', metavar='NAME,...', help='decode: models, by the beginning of their names, such as qwen3.6.', show_default=False)]=None,
            context:Annotated[Optional[str], typer.Option('--context', metavar='N,...', help='decode: tokens of the prompt, 128 without it. kv: tokens in the cache.', show_default=False)]=None,
            new:Annotated[Optional[int], typer.Option('--new', metavar='N', help='decode: tokens to write, 128 without it.', show_default=False)]=None,
-           layers:Annotated[Optional[int], typer.Option('--layers', metavar='N', help='decode: fewer layers than the model has, to try it out.', show_default=False)]=None,
+           layers:Annotated[Optional[int], typer.Option('--layers', metavar='N', help='decode, offload: fewer layers than the model has, to try it out.', show_default=False)]=None,
+           slots:Annotated[Optional[str], typer.Option('--slots', metavar='N,...', help='offload: experts of each layer on the GPU, 2 to 256 without it.', show_default=False)]=None,
            json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None, quiet:Quiet=False):
     """Measures the GPU kernels next to bfloat16, int4 and NF4, each compared with a reference first; or how fast whole models write.
 
     Needs an NVIDIA GPU and triton. Without options a selection of shapes, widths and rows, and experts; or Qwen3.6-35B-A3B with random weights, at 5 and 4 bits and in bfloat16. It takes some minutes."""
-    screen, given = Screen(quiet=quiet), dict(model=model, bits=bits, shape=shape, rows=rows, context=context, new=new, layers=layers)
+    screen, given = Screen(quiet=quiet), dict(model=model, bits=bits, shape=shape, rows=rows, context=context, new=new, layers=layers, slots=slots)
     _fitting(what, given)
     if json_file: _can_be_written(Path(json_file))             # before some minutes of work
     words = ['hlwq', 'bench', what, *(w for k,v in given.items() for o in (v if isinstance(v, list) else [v]) if o is not None for w in (f'--{k}', str(o)))]
-    found = dict(decode=_bench_decode, kv=_bench_kv).get(what, _bench_kernels)(what, shlex.join(words), screen, **{k:given[k] for k in _BENCH[what]})
+    found = dict(decode=_bench_decode, kv=_bench_kv, offload=_bench_offload).get(what, _bench_kernels)(what, shlex.join(words), screen, **{k:given[k] for k in _BENCH[what]})
     for head,lines in found.tables(): screen.table(head, lines)
     for note in found.notes(): screen.say(note)
     if json_file: Path(json_file).write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -438,7 +439,7 @@ def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode|k
 def _fitting(what, given):
     "Refuses options that the measurement does not have"
     from hlwq.core import ConfigError
-    if what not in _BENCH: raise ConfigError(f"bench: {what!r}, need kernels, quantize, decode or kv; see hlwq bench --help")
+    if what not in _BENCH: raise ConfigError(f"bench: {what!r}, need kernels, quantize, decode, kv or offload; see hlwq bench --help")
     wrong = [f'--{k}' for k,v in given.items() if v is not None and v != [] and k not in _BENCH[what]]
     if wrong: raise ConfigError(f"bench {what}: {', '.join(wrong)} given, need none but {', '.join(f'--{k}' for k in _BENCH[what])} here; see hlwq bench --help")
 
@@ -460,6 +461,15 @@ def _bench_kv(what, command, screen, bits, context):
     asked = dict(widths=None if bits is None else [parse_kv_bits(o) for o in bits.split(',')], contexts=None if context is None else parse_numbers(context, 'context'))
     asked = {k:v for k,v in asked.items() if v is not None}
     return run_kv(command, **asked, **(dict(parts=('attention',)) if asked else {}), progress=lambda part,row: screen.remark('  '.join(KV_TABLES[part]([row])[1][0])))
+
+def _bench_offload(what, command, screen, slots, bits, new, layers):
+    from hlwq.bench import parse_bits, parse_numbers
+    from hlwq.bench_offload import offload_table, run_offload
+    from hlwq.core import ConfigError
+    widths = parse_bits(bits) if bits else [5]
+    if len(widths) > 1: raise ConfigError(f"bench offload: {len(widths)} widths, need one, such as --bits 5; run it once for each")
+    asked = dict(slots=parse_numbers(slots, 'slots') if slots else None, new=new, layers=layers)
+    return run_offload(command, bits=widths[0], **{k:v for k,v in asked.items() if v is not None}, progress=lambda res: screen.remark('  '.join(offload_table(res.offload[-1:])[1][0])))
 
 def _can_be_written(path):
     from hlwq.core import ConfigError
