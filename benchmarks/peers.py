@@ -5,7 +5,7 @@
 Each is measured by its own users' way, `model.generate` as it comes and compiled with a static cache, and recorded in the graph that `hlwq` makes of the same layers (graph), which needs no
 compiler. Rows of hlwq are measured in the same run. A way that fails is told with its error.
 """
-import argparse, gc, statistics, time, traceback
+import argparse, gc, json, statistics, time, traceback
 
 import common, torch
 from common import about, said, save
@@ -61,16 +61,21 @@ def row(of, way, run):
     return of | dict(way=way, peak_bytes=torch.cuda.max_memory_allocated()) | r
 
 def table(rows):
-    lines = ['| model | weights | way | ms a token | tokens/s | weights in memory | first call, s |', '|---|---|---|---:|---:|---:|---:|']
+    lines = ['| model | weights | way | ms a token | tokens/s | peak memory | first call, s |', '|---|---|---|---:|---:|---:|---:|']
     for r in rows:
         told = f"{r['ms']:.2f} | {1e3/r['ms']:.0f}" if r['ms'] else f"failed: {r['error']} | -"
-        lines.append(f"| {r['model']} | {r['weights']} | {r['way']} | {told} | {human_bytes(r['nbytes'])} | {r.get('warm_seconds') or r.get('capture_seconds') or 0:.1f} |")
+        lines.append(f"| {r['model']} | {r['weights']} | {r['way']} | {told} | {human_bytes(r['peak_bytes']) if r.get('peak_bytes') else '-'} | {r.get('warm_seconds') or r.get('capture_seconds') or 0:.1f} |")
     return '\n'.join(lines)
 
 def page(r):
     lines = ['# Other four-bit weights', '', 'Dense models of published geometry with random weights, one text, 128 tokens in the prompt; median of 5 times 128 tokens (of 3 times 32 where nothing is recorded or compiled). '
-        'graph: the layers of transformers recorded in a CUDA graph by `hlwq.generate`; kernels: the step of hlwq, recorded.', '', table(r['rows']), '', said(r), '']
+        'graph: the layers of transformers recorded in a CUDA graph by `hlwq.generate`; kernels: the step of hlwq, recorded. Peak memory: of the whole way, with what was held while weights were converted.', '', table(sorted(r['rows'], key=lambda o: o['model'])), '', *(f'- {d}: `{c}`' for c,d in dict.fromkeys((o['command'], o['date']) for o in r['rows'])), '', said(r), '']
     return '\n'.join([*lines, ', '.join(f'{k} {v}' for k,v in r['packages'].items())])
+
+def earlier():
+    "Rows of earlier runs, which stay until they are measured again"
+    path = common.RESULTS/'peers.json'
+    return json.loads(path.read_text())['rows'] if path.exists() else []
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,9 +86,11 @@ def main():
     def have(n):
         try: return version(n)
         except PackageNotFoundError: return 'not installed'
-    r = dict(about(), gpu=bench.machine(), packages={n:have(n) for n in ('torchao', 'bitsandbytes', 'transformers')}, rows=[])
+    r = dict(about(), gpu=bench.machine(), packages={n:have(n) for n in ('torchao', 'bitsandbytes', 'transformers')}, rows=earlier() if a.write else [])
     def keep(one):
-        r['rows'].append(one); print(table([one]).splitlines()[-1], flush=True)
+        one |= dict(command=r['command'], date=r['date'])
+        r['rows'] = [o for o in r['rows'] if any(o[k] != one[k] for k in ('model', 'weights', 'way'))] + [one]
+        print(table([one]).splitlines()[-1], flush=True)
         if a.write: save('peers', r, page(r))
     for name in map(geometry_name, a.only.split(',')):
         for weights in a.weights.split(','):

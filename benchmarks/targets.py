@@ -72,6 +72,7 @@ def main():
         row('512, 2048, 4096 rows, 5 bits, 4096 x 4096, in units of bfloat16', '0.75x, 0.90x, 0.95x', ', '.join(f"{one[4096, 4096, 5, m]['ratio']:.2f}x" for m in (512, 2048, 4096)), all(one[4096, 4096, 5, m]['ratio'] >= t for m,t in ((512, .75), (2048, .9), (4096, .95))), 'kernels')]
     dec = {(r['model'], r['bits'], r['way'], r['rows'], r['context']):r for part in result('decode')['parts'].values() for r in part['rows']}
     q36, llama = 'Qwen3.6-35B-A3B', 'Llama-3.1-8B'
+    torchao = [r['ms'] for way in ('model.generate, compiled', 'graph') for r in result('peers')['rows'] if (r['model'], r['weights'], r['way']) == ('Llama-3.1-8B', 'torchao int4', way)]
     def speed_of(what, key, least): return row(what, f'{least} tokens/s', f"{dec[key]['tokens_per_second']:.0f} tokens/s", dec[key]['tokens_per_second'] >= least, 'decode')
     ours, theirs, first = dec[llama, 5, 'kernels', 1, 128], dec[llama, None, 'graph', 1, 128], dec[q36, 5, 'kernels', 1, 2048]
     slowest = max(r['capture_seconds'] for r in dec.values() if r['capture_seconds'])
@@ -79,6 +80,7 @@ def main():
         speed_of(f"{q36}, 5 bits, one text (eager bfloat16 {dec[q36, None, 'eager', 1, 128]['tokens_per_second']:.1f}, the same step recorded {dec[q36, None, 'graph', 1, 128]['tokens_per_second']:.0f})", (q36, 5, 'kernels', 1, 128), 200),
         speed_of('the same in bfloat16, by the kernels', (q36, None, 'kernels', 1, 128), 140),
         row(f'{llama}, 5 bits, in units of the step of transformers recorded in bfloat16', '2.0x', f"{theirs['ms']/ours['ms']:.2f}x ({ours['tokens_per_second']:.0f} tokens/s)", theirs['ms'] >= 2*ours['ms'], 'decode'),
+        row(f'{llama}, 5 bits, against int4 of torchao, compiled and recorded', 'as fast', f"{ours['tokens_per_second']:.0f} tokens/s against {' and '.join(f'{1e3/v:.0f}' for v in torchao)}", ours['ms'] <= min(torchao), 'peers'),
         row(f'{q36}, first token after 2,048', 'at most 120 ms', f"{first['first_ms']:.0f} ms with 5 bits, {dec[q36, None, 'kernels', 1, 2048]['first_ms']:.0f} ms with bfloat16 weights", first['first_ms'] <= 120, 'decode'),
         row('recording a step', 'at most 5 s', f'at most {slowest:.2f} s', slowest <= 5, 'decode')]
     kv = result('kv-quality')
@@ -98,7 +100,7 @@ def main():
         row(f"{made['model']} exported, in transformers: perplexity against that of the original with code times scale for weights", 'within 1e-4', f"{worst['bfloat16']:.2g} in bfloat16; {worst['float32']:.2g} in float32, where transformers computes experts in bfloat16, {cast:.2g} without that", worst['bfloat16'] <= 1e-4 and cast <= 1e-4, 'export-ct'),
         row('the same: matrices that the library unpacks to the bits of the reference', 'all', f"{made['library_equal']} of {made['n_matrices']}", made['library_equal'] == made['n_matrices'], 'export-ct')]
     if (RESULTS/'kv-speed.json').exists(): rows += kv_speed_rows(result('kv-speed')['parts'])
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode', 'export-ct') and not f.stem.startswith('packed-')]
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode', 'peers', 'export-ct') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -23,7 +23,7 @@ from .bench import BenchResult, ceilings, floor_us, machine, packed_weights, req
 from .core import BITS, ConfigError, HLWQError, check_bits, human_bytes, listing
 from .evaluate import COLOURS, plot_style
 from .generate import HLWQGenerator, cache_bytes, out_of_memory
-from .linear import norm_bits
+from .linear import Packed, norm_bits
 from .packed_model import packed_parts, place
 from .screen import one_line
 
@@ -69,6 +69,7 @@ def random_model(
     config, # a transformers config
     bits:int=None, # bits per code; None for bfloat16
     device='cuda', # where to make it
+    experts:bool=True, # packed ones get content
 ): # a transformers model in evaluation mode
     "Makes a model of random weights, packed or not"
     from transformers import AutoModelForCausalLM
@@ -81,7 +82,8 @@ def random_model(
             with torch.device(device): m.__init__(m.config)
         for leaf,p in list(m._parameters.items()):
             if p is not None and p.is_meta and id(p) not in packed: setattr(m, leaf, nn.Parameter(_drawn(leaf, p, device), requires_grad=False))
-    for i,(_,m) in enumerate(packed_parts(model)): _fill_codes(m, i, device)
+    for i,(_,m) in enumerate(packed_parts(model)):
+        if experts or isinstance(m, Packed): _fill_codes(m, i, device)
     return model.eval()
 
 def _drawn(leaf, p, device): # what keeps activations in range: norms near 1 (or 0 where 1 is added), small matrices

@@ -342,6 +342,14 @@ def _prompt_ids(folder, tokenizer, prompt, chat):
     if not ids.numel(): raise ConfigError(f"prompt: no token in {prompt!r}, need at least one; write something to begin with")
     return ids
 
+def _cache_options(expert_cache, host, vram_gb):
+    "What load_model takes, of the options for experts on the host; it checks them"
+    from hlwq.core import ConfigError
+    if expert_cache is None and (host, vram_gb) == ('auto', None): return {}
+    if expert_cache is None: raise ConfigError("--host, --vram-gb: given without --expert-cache, need it too; use --expert-cache auto")
+    if expert_cache != 'auto' and not expert_cache.isdecimal(): raise ConfigError(f"--expert-cache: {expert_cache!r}, need a whole number from 1, or auto; 64 is a good one for layers of 256 experts")
+    return dict(expert_cache=expert_cache if expert_cache == 'auto' else int(expert_cache), host=host, vram_gb=vram_gb)
+
 def _told(r, backends):
     "How fast it was, and what computed it"
     speed = lambda v: '' if v is None else f' at {v:,.1f} tokens/s'
@@ -369,7 +377,11 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
               seed:Annotated[int, typer.Option(metavar='N', help='Same seed, same text.')]=0,
               prefill_chunk:Annotated[int, typer.Option(metavar='N', help='Tokens of the prompt that are read at a time; fewer need less memory.')]=2048,
               kv_bits:Annotated[Optional[str], typer.Option('--kv-bits', metavar='N or N,N', help='Store keys and values as codes of N bits, such as 4, or 4,2 for keys of 4 and values of 2; Q4, Q3, Q2 are presets.', show_default=False)]=None,
-              codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto', as_json:Json=False, quiet:Quiet=False):
+              codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto',
+              expert_cache:Annotated[Optional[str], typer.Option(metavar='N|auto', help='Experts of each layer that stay on the device; the others are brought when they are needed. The text is the same for any number. auto: as many as fit.', show_default=False)]=None,
+              host:Annotated[str, typer.Option(metavar='WHERE', help='With --expert-cache, where the others are: pinned or pageable memory, mmap for a file beside the model, auto by free memory.')]='auto',
+              vram_gb:Annotated[Optional[float], typer.Option(metavar='GB', help='With --expert-cache: use no more memory of the device.', show_default=False)]=None,
+              as_json:Json=False, quiet:Quiet=False):
     """Continues a text with a quantized model, on packed weights.
 
     Prints the text as it comes; how fast that was, and what computed it, goes to the standard error."""
@@ -380,17 +392,20 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
     from hlwq.kv_cache import parse_kv_bits
     from hlwq.load import load_model
     how = _sampling(max_new_tokens, temperature, dict(top_k=top_k, top_p=top_p, min_p=min_p), repetition_penalty, stop, prefill_chunk) | dict(kv_bits=parse_kv_bits(kv_bits))
+    cache = _cache_options(expert_cache, host, vram_gb)
     screen, place = Screen(as_json, quiet), pick_device(device)
     silence()
     with stage(screen, 'loading'):
         tokenizer = load_tokenizer(folder)
         ids = _prompt_ids(folder, tokenizer, prompt, chat)
-        model = load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto')
+        model = load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto', **cache)
+    if cache: screen.remark(repr(model.offload_plan))
     g = HLWQGenerator(model, prefill_chunk)
     out = g(ids, max_new_tokens, **how, seed=seed, stop=stop, tokenizer=tokenizer, streamer=None if as_json or quiet else transformers.TextStreamer(tokenizer, skip_special_tokens=True))
     screen.remark(_told(g.report, model.hlwq_report().backends))
+    if cache: screen.remark(repr(model.offload_stats()))
     r, seconds = g.report, g.report.first_seconds + g.report.decode_seconds
-    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), tokens=r.new_tokens, seconds=seconds, tokens_per_second=r.new_tokens/seconds, report=r.to_json()))
+    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), tokens=r.new_tokens, seconds=seconds, tokens_per_second=r.new_tokens/seconds, report=r.to_json(), **(dict(offload=model.offload_stats().to_json(), offload_plan=model.offload_plan.to_json()) if cache else {})))
     if r.interrupted:
         sys.stdout.flush()
         raise KeyboardInterrupt
