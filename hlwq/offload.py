@@ -194,7 +194,7 @@ class DeviceSlots:
     def counts(self, layer): return tuple(CacheCounts(0, *c) for c in self.state.counts[layer].tolist())
     def reset(self): self.state.counts.zero_()
 
-# %% ../nbs/43_offload.ipynb #6f12cbb6
+# %% ../nbs/43_offload.ipynb #504d48ac
 class ExpertOffload:
     "What layers with experts on the host share"
     def __init__(self,
@@ -202,7 +202,7 @@ class ExpertOffload:
         slots:int, # experts of each layer that stay on the device
         policy:str='lru', # a name of POLICIES
         hot=None, # for each layer the experts that "pinned" keeps
-        staging:int=None, # places for experts that find no slot; by default 32
+        staging:int=None, # places for experts that find no slot; by default 32, or as many as can be without one
         device='cpu', # where experts are computed
         on_device:bool=None, # decide on the device; by default if it is a GPU with kernels and the bank is pinned
         cold:int=64, # decode calls of a layer that are counted apart
@@ -211,7 +211,7 @@ class ExpertOffload:
         self.bank, self.n_experts, self.device = bank, len(bank.rows[0]), torch.device(device)
         self.slots, self.tiles = min(slots, self.n_experts), bank.layout.tiles
         least = max(2, min(32, self.n_experts) - self.slots) if self.tiles else 2      # up to 32 pairs are one kernel's work, so their experts have to be there together
-        self.base, self.staging = len(bank.rows)*self.slots, max(least, min(32, self.n_experts) if staging is None else staging)
+        self.base, self.staging = len(bank.rows)*self.slots, max(least, min(32, self.n_experts - self.slots) if staging is None else staging)
         kernels = gpu_kernels(self.device) is not None and self.tiles
         self.pool = Pool(bank.layout, self.base + self.staging, self.device)
         if on_device is None: on_device = kernels and bank.where == 'pinned'

@@ -452,20 +452,21 @@ def few_places(m, staging):
 @torch.no_grad()
 def test_groups_on_stacks_with_gaps(as_gpu):
     "Matrices that do not lie side by side, in another order, in groups"
-    (m,results),(x,ids,w) = tiled(),tile_calls()[2 if not GPU else 4]
     def gaps(t):
         wide = torch.zeros(len(t), t[0].numel() + 64, dtype=t.dtype, device=device)
         wide[:, :t[0].numel()] = t.flatten(1)
         return wide[:, :t[0].numel()].unflatten(1, t.shape[1:])
-    up,down = ((gaps(s.in_order().data), gaps(s.norms), linear_module.book_on(s.key, device)) for s in (m.w13, m.w2))
-    flat = ids.flatten()
-    counts = flat.bincount(minlength=6).tolist()
-    for order,cuts in (([5, 2, 0, 1, 4, 3], [0, 0, 2, 2, 3, 6]), ([0, 1, 2, 3, 4, 5], [0, 6]))[:1 + GPU]:
-        rank = torch.empty(6, dtype=torch.long, device=device); rank[order] = torch.arange(6, device=device)
+    m,(x,ids,w) = tiles_layer(3),*tile_calls(3, 2, (5,))
+    dense = [(s.in_order().data, s.norms, linear_module.book_on(s.key, device)) for s in (m.w13, m.w2)]
+    wide = [(gaps(t), gaps(n), b) for t,n,b in dense]
+    flat,weights = ids.flatten(),w.flatten()
+    counts,want = flat.bincount(minlength=3).tolist(),moe.expert_prompt(x, flat, weights, 2, *dense, 3)
+    for order,cuts in (([2, 0, 1], [0, 0, 1, 3]), ([0, 1, 2], [0, 3]), ([1, 2, 0], [0, 1, 2, 3]))[:1 + 2*GPU]:
+        rank = torch.empty(3, dtype=torch.long, device=device); rank[order] = torch.arange(3, device=device)
         by = moe.ByGroups(torch.tensor(order, device=device), rank, [counts[e] for e in order], zip(cuts, cuts[1:]))
-        assert torch.equal(moe.expert_prompt(x, flat, w.flatten(), 2, up, down, 6, by), results[2 if not GPU else 4])
-    x,ids,w = tile_calls()[0]
-    assert torch.equal(moe.expert_layer(x, ids, w, up, down), results[0])
+        assert torch.equal(moe.expert_prompt(x, flat, weights, 2, *wide, 3, by), want)
+    one = x[:1],ids[:1],w[:1]
+    assert torch.equal(moe.expert_layer(*one, *wide), moe.expert_layer(*one, *dense))
 
 @torch.no_grad()
 @pytest.mark.parametrize('slots,policy', [(1, 'lru'), *[(3, 'lfru'), (5, 'random'), (2, 'lfu')]*GPU])
