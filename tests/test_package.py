@@ -62,6 +62,15 @@ def test_notebooks_hold_no_failed_output():
         cells = json.loads(f.read_text(encoding='utf-8'))['cells']
         assert not [o['ename'] for c in cells for o in c.get('outputs', []) if o['output_type']=='error'], f.name
 
+def test_imports_have_cells_of_their_own():
+    "nbdev runs cells with imports when it builds the site, and whatever else is in them"
+    for f in (ROOT/'nbs').rglob('[!_]*.ipynb'):
+        for c in json.loads(f.read_text(encoding='utf-8'))['cells']:
+            source = ''.join(c['source'])
+            if c['cell_type'] != 'code' or 'nbdev.nbdev_export()' in source or source.startswith('%'): continue
+            kinds = {isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body}
+            assert kinds != {True, False}, f'{f.name}: {source[:80]}'
+
 def test_version():
     assert hlwq.__version__ == settings()['version']
     assert re.search(rf'^## {re.escape(hlwq.__version__)}\b', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M), 'the changelog lacks this version'
