@@ -149,13 +149,13 @@ def kernel_rows(
         one[0] += 1; one[1] += us
     return sorted((dict(name=k, count=c/n, us=us/n) for k,(c,us) in found.items()), key=lambda r: -r['us'])
 
-# %% ../nbs/84_bench_decode.ipynb #94592451
+# %% ../nbs/84_bench_decode.ipynb #e2359a6d
 KINDS = dict(                                                  # the first that fits
     choosing=r'ArgMax',
     DeltaNet=r'^_(conv|state|conv_prompt|chunk|scan|gated_norm)_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
-    attention=r'^_split_kernel|^_combine_kernel|^_rope_kernel|fmha|flash|attention',
+    attention=r'^_(kv_)?(split|combine)_kernel|^_append_kernel|^_rope_kernel|fmha|flash|attention',
     norms=r'^_add_norm_kernel|^_gate_kernel|rms_norm|layer_norm|MeanOps',
-    experts=r'^_route_kernel|expert|moe|grouped|topk|bitonicSort',
+    experts=r'^_(route|resolve|gather)_kernel|expert|moe|grouped|topk|bitonicSort',
     products=r'^_gemv_kernel|^_small_kernel|^_rotate_kernel|^_dense_kernel|^_thin_kernel',
     head=r'nvjet|gemm|gemv|splitK|dot_kernel')                 # 16 bits, once a token; more often it is another product
 ORDER = ('products', 'experts', 'norms', 'attention', 'DeltaNet', 'head', 'choosing', 'other')

@@ -9,6 +9,7 @@ import numpy as np,pytest
 transformers = pytest.importorskip('transformers')
 from transformers import AutoModelForCausalLM
 from hlwq import linear as linear_module
+from hlwq.bank import bank_from_model
 from hlwq.cache_policy import ExpertTable,make_policy
 from hlwq.cache_sim import record_routing,simulate_cache,synthetic_trace
 from hlwq.core import ConfigError,UnsupportedError,asset_path
@@ -335,8 +336,8 @@ def test_report_and_memory(tiny):
 
 def test_without_content(tiny):
     "A bank is enough: the model's own stacks may be on the meta device"
-    bank,m = memory_bank(tiny),copy.deepcopy(tiny)
-    for l in m.model.layers: l.mlp.experts.w13.to('meta'); l.mlp.experts.w2.to('meta')
+    bank,m = bank_from_model(copy.deepcopy(tiny)),copy.deepcopy(tiny)
+    bank_from_model(m)                                         # leaves nothing behind
     with pytest.raises(ConfigError, match='no content') as e: offload_experts(copy.deepcopy(m), 2)
     assert complete(e.value)
     ids = torch.randint(3, 8000, (1, 20))
@@ -354,9 +355,9 @@ def test_refusals(tiny):
     m = offload_experts(copy.deepcopy(tiny), 2, staging=2)
     other = copy.deepcopy(tiny); other.model.layers = other.model.layers[:2]
     for f,kind,match in ((lambda: offload_experts(m, 2), UnsupportedError, 'once'), (lambda: m(inputs_embeds=torch.randn(1, 2, 256, requires_grad=True)).logits.sum().backward(), UnsupportedError, 'no gradient'),
-        (lambda: offload_experts(copy.deepcopy(tiny), 2, bank=memory_bank(other)), ConfigError, 'bank: experts of 2 layers'),
+        (lambda: offload_experts(copy.deepcopy(tiny), 2, bank=bank_from_model(other)), ConfigError, 'bank: experts of 2 layers'),
         (lambda: m.model.layers[0].mlp.experts(act(1, 256), torch.tensor([[0, 1, 2, 16]]), torch.ones(1, 4)), ConfigError, 'numbers? .*16'),
-        (lambda: m.model.layers[0].mlp.experts(act(60, 256), torch.arange(240).view(60, 4) % 17, torch.ones(60, 4)), ConfigError, '16, need 0 to 15')):
+        (lambda: m.model.layers[0].mlp.experts(act(60, 256), torch.arange(240).view(60, 4) % 17, torch.ones(60, 4)), ConfigError, '14 numbers that do not exist')):
         with pytest.raises(kind, match=match) as e: f()
         assert complete(e.value)
     assert 'by copies that the host starts' in m.model.layers[0].mlp.experts.why_no_graph(1)
@@ -399,8 +400,8 @@ def test_resolve_without_room():
     "More guests than staging places: no row, rather than somebody else's"
     s,loads = kernels.slot_state(1, 8, 1, 1, device=device),kernels.new_loads(4, device)
     assert kernels.expert_resolve(s, 0, torch.tensor([3, 1, 9, -1, 5], device=device), kernels.new_loads(5, device)).tolist() == [0, 1, -1, -1, -1]
-    for ids in (torch.tensor([1], dtype=torch.int32), torch.arange(8)[::2]):
-        with pytest.raises(ConfigError) as e: kernels.expert_resolve(s, 0, ids.to(device), loads)
+    for ids in (torch.tensor([1], dtype=torch.int32, device=device), torch.arange(8, device=device)[::2]):
+        with pytest.raises(ConfigError) as e: kernels.expert_resolve(s, 0, ids, loads)
         assert complete(e.value)
 
 @pytest.mark.parametrize('programs', (1, 3, 7))
@@ -425,7 +426,7 @@ def as_gpu(monkeypatch):
     if not GPU: monkeypatch.setattr(linear_module, 'why_no_triton', lambda device: '')
 
 HIDDEN,INTER = (128, 64) if GPU else (16, 8)                   # one tile of 16 rows is what the interpreter has patience for
-LENGTHS = (1, 1, 4, 1, 17, 1) + (64, 300, 1)*GPU if GPU else (1, 1, 17, 1)
+LENGTHS = (1, 1, 2, 1, 17, 1, 64, 300, 1) if GPU else (1, 1, 17, 1)      # up to 32 pairs have to find room, as they do in layers that are not so small
 
 def tiles_layer(n=6, seed=0):
     "A layer of a model with silu(gate)*up, in tiles"
@@ -451,20 +452,21 @@ def few_places(m, staging):
 @torch.no_grad()
 def test_groups_on_stacks_with_gaps(as_gpu):
     "Matrices that do not lie side by side, in another order, in groups"
-    (m,results),(x,ids,w) = tiled(),tile_calls()[2 if not GPU else 4]
     def gaps(t):
         wide = torch.zeros(len(t), t[0].numel() + 64, dtype=t.dtype, device=device)
         wide[:, :t[0].numel()] = t.flatten(1)
         return wide[:, :t[0].numel()].unflatten(1, t.shape[1:])
-    up,down = ((gaps(s.in_order().data), gaps(s.norms), linear_module.book_on(s.key, device)) for s in (m.w13, m.w2))
-    flat = ids.flatten()
-    counts = flat.bincount(minlength=6).tolist()
-    for order,cuts in (([5, 2, 0, 1, 4, 3], [0, 0, 2, 2, 3, 6]), ([0, 1, 2, 3, 4, 5], [0, 6]))[:1 + GPU]:
-        rank = torch.empty(6, dtype=torch.long, device=device); rank[order] = torch.arange(6, device=device)
-        by = moe.ByGroups(rank, torch.tensor(order, device=device), [counts[e] for e in order], zip(cuts, cuts[1:]))
-        assert torch.equal(moe.expert_prompt(x, flat, w.flatten(), 2, up, down, 6, by), results[2 if not GPU else 4])
-    x,ids,w = tile_calls()[0]
-    assert torch.equal(moe.expert_layer(x, ids, w, up, down), results[0])
+    m,(x,ids,w) = tiles_layer(3),*tile_calls(3, 2, (5,))
+    dense = [(s.in_order().data, s.norms, linear_module.book_on(s.key, device)) for s in (m.w13, m.w2)]
+    wide = [(gaps(t), gaps(n), b) for t,n,b in dense]
+    flat,weights = ids.flatten(),w.flatten()
+    counts,want = flat.bincount(minlength=3).tolist(),moe.expert_prompt(x, flat, weights, 2, *dense, 3)
+    for order,cuts in (([2, 0, 1], [0, 0, 1, 3]), ([0, 1, 2], [0, 3]), ([1, 2, 0], [0, 1, 2, 3]))[:1 + 2*GPU]:
+        rank = torch.empty(3, dtype=torch.long, device=device); rank[order] = torch.arange(3, device=device)
+        by = moe.ByGroups(torch.tensor(order, device=device), rank, [counts[e] for e in order], zip(cuts, cuts[1:]))
+        assert torch.equal(moe.expert_prompt(x, flat, weights, 2, *wide, 3, by), want)
+    one = x[:1],ids[:1],w[:1]
+    assert torch.equal(moe.expert_layer(*one, *wide), moe.expert_layer(*one, *dense))
 
 @torch.no_grad()
 @pytest.mark.parametrize('slots,policy', [(1, 'lru'), *[(3, 'lfru'), (5, 'random'), (2, 'lfu')]*GPU])
@@ -478,6 +480,20 @@ def test_device_path(as_gpu, slots, policy):
     assert s.on_device and s.total.calls == sum(min(2*T, 6) <= slots + 4 for T in LENGTHS)*len(o.layers) and s.prompts[0][0] == sum(min(2*T, 6) > slots + 4 for T in LENGTHS)
     assert o.layers[0].why_no_graph() == '' and 'device decides' in repr(s)
     for l in range(len(o.layers)): assert sorted(t for t in o.offload.tables.table(l).tolist() if t >= 0) == list(range(slots))
+
+@pytest.mark.skipif(GPU, reason='test_long_prompts_on_the_card does it for real')
+@torch.no_grad()
+def test_long_prompts_in_groups(as_gpu, monkeypatch):
+    "So many tokens that experts are decoded for one grouped product, which only a GPU has: here it is a loop"
+    def loop(x, w, offs): return torch.cat([x[a:b].float() @ m.float() for m,a,b in zip(w, [0, *offs.tolist()], offs.tolist())]).to(x.dtype)
+    monkeypatch.setattr(moe, '_can_group', lambda x, norms, E: True)
+    monkeypatch.setattr(torch.nn.functional, 'grouped_mm', loop, raising=False)
+    m,(x,ids,w) = tiles_layer(3),*tile_calls(3, 2, (80,))
+    want = m(x, ids, w)
+    for on_device,groups in ((False, True), (True, False)):
+        o = few_places(offloaded([m], 1, on_device=on_device), 2)
+        if groups: monkeypatch.setattr(o.offload, 'fits', lambda pairs: False, raising=False)
+        assert torch.equal(o.layers[0](x, ids, w), want) and o.offload.prompts == [[groups, 0, 3*groups]]
 
 @torch.no_grad()
 def test_host_path_on_tiles(as_gpu):
@@ -508,6 +524,26 @@ def test_wide_activations_on_tiles(as_gpu):
     m = tiles_layer()
     o = few_places(offloaded([m], 1, on_device=False), 4)
     for x,ids,w in tile_calls(lengths=(1, 17), dtype=torch.float32): assert torch.equal(o.layers[0](x, ids, w), m(x, ids, w))
+
+@torch.no_grad()
+def test_step_of_few_launches(tiny, monkeypatch):
+    "The step that generate uses on GPUs: it fetches before the shared expert, and looks its experts up at every call"
+    from hlwq import step as step_module
+    from test_step import generator,prepared,prompt
+    if not GPU: monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    res,model = [],copy.deepcopy(tiny).to(device)
+    ids,mask = (o.to(device) for o in prompt(model, 1, False))
+    b = prepared(generator(model), ids, mask.bool())
+    step = step_module.DecodeStep(model)
+    step.bind(b)
+    kept = [(o,[t.clone() for t in tensors]) for o in b.cache.layers for tensors in [[getattr(o, n) for n in ('keys', 'values') if hasattr(o, n)] + [t for n in ('conv_states', 'recurrent_states') for t in getattr(o, n, {}).values()]]]
+    for again in (False, True):
+        if again:
+            offload_experts(model, 2, staging=2)
+            for o,tensors in kept:
+                for t,was in zip([getattr(o, n) for n in ('keys', 'values') if hasattr(o, n)] + [t for n in ('conv_states', 'recurrent_states') for t in getattr(o, n, {}).values()], tensors): t.copy_(was)
+        res.append(step(b))
+    assert torch.equal(*res) and model.offload_stats().total.misses > 0
 
 # --- a real GPU
 
