@@ -25,6 +25,7 @@ from .evaluate import COLOURS, plot_style
 from .generate import HLWQGenerator, cache_bytes, out_of_memory
 from .linear import Packed, norm_bits
 from .packed_model import packed_parts, place
+from .quantize import quantize
 from .screen import one_line
 
 # %% ../nbs/84_bench_decode.ipynb #126d856a
@@ -94,8 +95,11 @@ def _drawn(leaf, p, device): # what keeps activations in range: norms near 1 (or
 def _fill_codes(m, seed, device):
     *e, out, _ = m.norm_bits.shape
     w = torch.empty(*e, out, m.in_features, dtype=torch.bfloat16, device=device).normal_(0, .02, generator=torch.Generator(device).manual_seed(seed))
-    tiles, norms = packed_weights(w, m.book.to(torch.device(device)))
-    m.packed, m.norm_bits = nn.Parameter(tiles, requires_grad=False), nn.Parameter(norm_bits(norms), requires_grad=False)
+    if w.is_cuda: codes, norms = packed_weights(w, m.book.to(w.device))
+    else:                                                      # the interpreter would take minutes
+        q = quantize(w.float().flatten(0, -2), m.bits, codebook=m.book)
+        codes, norms = (t.view(*e, out, -1) for t in (q.packed, q.norms))
+    m.packed, m.norm_bits = nn.Parameter(codes, requires_grad=False), nn.Parameter(norm_bits(norms), requires_grad=False)
     m.place_()
 
 # %% ../nbs/84_bench_decode.ipynb #ddd02c88
@@ -151,7 +155,7 @@ KINDS = dict(                                                  # the first that 
     DeltaNet=r'^_(conv|state|conv_prompt|chunk|scan|gated_norm)_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
     attention=r'^_(kv_)?(split|combine)_kernel|^_append_kernel|^_rope_kernel|fmha|flash|attention',
     norms=r'^_add_norm_kernel|^_gate_kernel|rms_norm|layer_norm|MeanOps',
-    experts=r'^_route_kernel|expert|moe|grouped|topk|bitonicSort',
+    experts=r'^_(route|resolve|gather)_kernel|expert|moe|grouped|topk|bitonicSort',
     products=r'^_gemv_kernel|^_small_kernel|^_rotate_kernel|^_dense_kernel|^_thin_kernel',
     head=r'nvjet|gemm|gemv|splitK|dot_kernel')                 # 16 bits, once a token; more often it is another product
 ORDER = ('products', 'experts', 'norms', 'attention', 'DeltaNet', 'head', 'choosing', 'other')

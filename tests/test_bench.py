@@ -66,11 +66,12 @@ def test_refused_on_wrong_machines(monkeypatch):
     with pytest.raises(UnsupportedError, match='triton is not installed, need 3.2'): require_gpu()
 
 @no_gpu
-@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize, decode or kv'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
+@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize, decode, kv or offload'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
     ('quantize --rows 8','bench quantize'), ('quantize --shape 8x8','bench quantize'), ('quantize --json nowhere/x.json','nowhere/x.json'), ('kernels --json .','cannot be written'), ('','hlwq bench --help'),
     ('decode','no CUDA device'), ('decode --model qwen3.6,llama --bits 5,4,bf16 --rows 1,8 --context 128,8192 --new 128 --layers 4','no CUDA device'), ('decode --model qwen3','fits Qwen3.6-35B-A3B, Qwen3-30B-A3B, Qwen3-8B, need one of'),
     ('decode --model ""','fits Qwen3.6'), ('decode --bits 7','need one of 2, 3, 4, 5, 6, 8'), ('decode --bits fp8','and bf16'), ('decode --rows 0','rows'), ('decode --context some','context'), ('decode --new 1','new: 1'), ('decode --layers 0','layers: 0'),
-    ('decode --shape 8x8','--shape given'), ('kernels --model llama','--model given'), ('quantize --context 8 --new 5','--context, --new given'), ('decode --json nowhere/x.json','nowhere/x.json')])
+    ('decode --shape 8x8','--shape given'), ('kernels --model llama','--model given'), ('quantize --context 8 --new 5','--context, --new given'), ('decode --json nowhere/x.json','nowhere/x.json'),
+    ('offload','no CUDA device'), ('offload --slots 2,4 --new 64 --layers 4 --bits 4','no CUDA device'), ('offload --slots 0','slots'), ('offload --bits 5,4','2 widths'), ('offload --rows 2','--rows given'), ('decode --slots 2','--slots given'), ('offload --new 1','new 1')])
 def test_command_refuses(line, needle, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = main(['bench',*shlex.split(line)])

@@ -171,6 +171,15 @@ def test_generate(hlwq, q5):
     fails(hlwq('generate', TINY, '--prompt', 'x'), 'no HLWQ codes')
     fails(hlwq('generate', q5, '--prompt', ''), "prompt: no token in ''")
 
+def test_generate_with_experts_on_the_host(hlwq, q5):
+    "The same text, and what the slots did"
+    line = ('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--json')
+    a,(code,out,err) = json.loads(hlwq(*line)[1]),hlwq(*line, '--expert-cache', '3', '--host', 'pageable')
+    b = json.loads(out)
+    assert code == 0 and a['text'] == b['text'] and b['offload']['slots'] == b['offload_plan']['slots'] == 3 and b['offload_plan']['where'] == 'pageable'
+    assert 'expert_cache: 3 of 16 experts' in err and 'slots         3 of 16' in err and sum(c['misses'] for c in b['offload']['cold']) > 0
+    assert json.loads(hlwq(*line, '--expert-cache', 'auto')[1])['offload']['slots'] == 16
+
 def test_generate_tells_how_fast_and_by_what(hlwq, q5):
     code,out,err = hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--json')
     r = json.loads(out)['report']
@@ -215,7 +224,7 @@ def test_stop_ends_the_text(hlwq, q5):
 
 @pytest.mark.parametrize('line,needle', [('--temperature -1','temperature: -1'), ('--max-new-tokens 0','need at least 1'), ('--prefill-chunk 0','prefill-chunk: 0'), ('--stop ""','stop: an empty text'), ('--top-p 0.9','top-p: 0.9 at temperature 0'),
     ('--top-k 5','top-k: 5 at temperature 0'), ('--min-p 0.1','min-p: 0.1 at temperature 0'), ('--temperature 1 --top-k 0','top_k: 0'), ('--temperature 1 --top-p 1.5','top_p: 1.5'), ('--temperature nan','temperature: nan'), ('--repetition-penalty 0','repetition_penalty: 0'),
-    ('--temperature 1 --min-p 2','min_p: 2'), ('--top-k 1.5','--top-k'), ('--seed x','--seed')])
+    ('--temperature 1 --min-p 2','min_p: 2'), ('--top-k 1.5','--top-k'), ('--seed x','--seed'), ('--expert-cache some','--expert-cache'), ('--host mmap','without --expert-cache'), ('--vram-gb 3','without --expert-cache')])
 def test_generate_refuses_before_loading(hlwq, monkeypatch, line, needle):
     from hlwq import demo,load
     def loaded(*a, **kw): pytest.fail('something was loaded')
