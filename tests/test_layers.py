@@ -27,6 +27,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     recipe='core packing source',
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core kernels.quantize lloyd_max quantize source recipe checkpoint',
+    ranks='core checkpoint convert',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
     groups='core quantize',
     export_ct='core quantize source recipe checkpoint convert groups',
@@ -51,7 +52,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim export_ct',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim export_ct ranks',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
