@@ -19,6 +19,7 @@ _modules = dict(
     recipe='Recipe Rule default_recipe make_plan Plan',
     checkpoint='CheckpointReader CheckpointWriter verify_checkpoint',
     convert='quantize_checkpoint dequantize_checkpoint',
+    ranks='quantize_on_ranks',
     linear='HLWQLinear',
     experts='HLWQExperts',
     packed_model='hlwq_report',

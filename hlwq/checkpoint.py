@@ -356,6 +356,7 @@ class CheckpointWriter:
         self.aside = Path(f'{self.out}.hlwq-old')              # where an old checkpoint waits while it is replaced
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.nbytes, self.resume, self.overwrite = nbytes, resume, overwrite
+        self.journal = self.stage/_JOURNAL                     # where shards that are whole are entered
         self.done, self.lock, self.begun = {}, None, False     # done: shard name -> {size, sha256}; begun: the stage is ours
 
 @patch
@@ -398,35 +399,47 @@ def _take_stage(self:CheckpointWriter):
         raise FileExistsError(errno.EEXIST, "is not a half-finished checkpoint of hlwq; move it away, or use another output folder", str(self.stage))
     try:
         self.stage.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.stage/_LOCK, 'a+')
+        self.lock = _take_lock(self.stage/_LOCK)
     except PermissionError as e: raise PermissionError(e.errno, "no permission to write here; choose another output folder", str(self.stage)) from None
-    try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: self._check_helpers()
     except BlockingIOError:
-        self.lock.seek(0)
-        pid = self.lock.read().strip() or 'unknown'
         self.lock.close()
         self.lock = None
-        raise BlockingIOError(errno.EWOULDBLOCK, f"another hlwq (pid {pid}) is writing this; wait for it, or stop it", str(self.stage)) from None
-    self.lock.truncate(0)
-    self.lock.write(str(os.getpid()))
-    self.lock.flush()
+        raise
+
+def _take_lock(path):
+    "Locks a file and leaves the number of this process in it"
+    lock = open(path, 'a+')
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        pid = lock.read().strip() or 'unknown'
+        lock.close()
+        raise BlockingIOError(errno.EWOULDBLOCK, f"another hlwq (pid {pid}) is writing this; wait for it, or stop it", str(path.parent)) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+@patch
+def _check_helpers(self:CheckpointWriter):
+    "Raises BlockingIOError while another process helps to fill the stage: each has a lock and a journal of its own, `lock-1` and `journal-1.jsonl`"
+    for p in self.stage.glob(f'{_LOCK}-*'): _take_lock(p).close()
 
 @patch
 def _read_journal(self:CheckpointWriter):
     "Finds out which shards are whole; anything else in the stage is removed"
-    path = self.stage/_JOURNAL
-    lines = []
-    for l in (path.read_bytes().splitlines() if path.exists() and self.resume else []):
-        try: lines.append(json.loads(l))
-        except ValueError: break                               # the last line of a power cut
-    lines = [l for l in lines if isinstance(l, dict)]
+    path, helpers = self.journal, sorted(self.stage.glob('journal-*.jsonl'))
+    lines = _journal_lines(path) if self.resume else []
     if lines: _same_fingerprint(self.stage, lines[0].get('fingerprint'), self.fingerprint)
     self.begun = True                                          # from here on the stage is ours to throw away
+    for more in map(_journal_lines, helpers):
+        if lines and more and more[0].get('fingerprint') == self.fingerprint: lines += more[1:]
     for r in lines[1:]:
         p = self.stage/Path(str(r.get('name'))).name
         if p.is_file() and p.stat().st_size == r.get('size') and 'sha256' in r: self.done[p.name] = {k:r[k] for k in ('size', 'sha256')}
     for p in self.stage.iterdir():
-        if p.name not in (_LOCK, _JOURNAL) and p.name not in self.done: p.unlink() if not p.is_dir() else shutil.rmtree(p)
+        if p.name not in (_LOCK, _JOURNAL) and p.name not in self.done and p not in helpers: p.unlink() if not p.is_dir() else shutil.rmtree(p)
     tmp = Path(f'{path}.tmp')                                  # so that a kill here does not lose the list
     try:
         with open(tmp, 'w') as f:
@@ -435,6 +448,15 @@ def _read_journal(self:CheckpointWriter):
             _settle(f)
     except OSError as e: raise _told(e, tmp) from None
     os.replace(tmp, path)
+    for p in helpers: p.unlink()                               # all that they said is in ours now
+
+def _journal_lines(path):
+    "What a journal says, as far as it can be read"
+    lines = []
+    for l in (path.read_bytes().splitlines() if path.exists() else []):
+        try: lines.append(json.loads(l))
+        except ValueError: break                               # the last line of a power cut
+    return [l for l in lines if isinstance(l, dict)]
 
 def _same_fingerprint(stage, old, new):
     "Raises ResumeError, field by field, if a half-finished output was started differently"
@@ -473,13 +495,12 @@ def finish_shard(self:CheckpointWriter,
     "Enters a shard into the journal: from here on it will not be made again"
     p = self.stage/name
     self.done[name] = dict(size=p.stat().st_size, sha256=sha256 or file_sha256(p))
-    path = self.stage/_JOURNAL
     try:
-        with open(path, 'a') as f:
+        with open(self.journal, 'a') as f:
             f.write(json.dumps(dict(name=name, **self.done[name])) + '\n')
             f.flush()
-            _fsync(f.fileno(), path)
-    except OSError as e: raise _told(e, path) from None
+            _fsync(f.fileno(), self.journal)
+    except OSError as e: raise _told(e, self.journal) from None
 
 @patch
 def copy(self:CheckpointWriter,
@@ -534,7 +555,7 @@ def _publish(self:CheckpointWriter):
 
 @patch
 def __exit__(self:CheckpointWriter, kind, *_):
-    if kind is not None and self.begun and self.lock:
+    if kind is not None and self.begun and self.lock and not any(self.stage.glob('journal-*.jsonl')):      # what others have made is kept
         for p in self.stage.glob('*.tmp'): p.unlink(missing_ok=True)       # of a writer that was stopped while it was being made
         if not self.done: shutil.rmtree(self.stage, ignore_errors=True)    # nothing worth keeping
     if self.lock: self.lock.close()

@@ -153,10 +153,14 @@ def _quantize(src:Src, out:Out, bits:Bits=None, recipe:RecipeFile=None,
     Works shard by shard in about a gigabyte of memory. If it is interrupted, the same command goes on where it stopped."""
     from hlwq.convert import quantize_checkpoint
     from hlwq.core import human_bytes, parse_size
+    from hlwq.ranks import launched_rank, quantize_on_ranks
     from hlwq.source import open_source
-    screen, source, size = Screen(as_json, quiet), open_source(src), parse_size(max_shard_size)
-    plan = quantize_checkpoint(source, out, bits=_number(bits), recipe=recipe, device=device, resume=not no_resume, overwrite=overwrite,
-                               progress=screen.progress, norm=norm, codebook=codebook, max_shard_size=size, min_coverage=min_coverage)
+    rank = launched_rank()                                     # None unless torchrun has started several of these
+    screen, source, size = Screen(as_json, quiet or bool(rank)), open_source(src), parse_size(max_shard_size)
+    convert = quantize_checkpoint if rank is None else quantize_on_ranks
+    plan = convert(source, out, bits=_number(bits), recipe=recipe, device=device, resume=not no_resume, overwrite=overwrite,
+                   progress=screen.progress, norm=norm, codebook=codebook, max_shard_size=size, min_coverage=min_coverage)
+    if rank: return                                            # the first one speaks for all
     after, seconds = _weights(out), plan.measured.get('total', 0.)
     screen.say(plan.summary())
     screen.say(f"{out}: {human_bytes(after)} of weights, {100*after/max(source.nbytes, 1):.0f} % of {human_bytes(source.nbytes)}, in {seconds:.1f} s; check it with {shlex.join(['hlwq', 'verify', str(out)])}")

@@ -8,10 +8,11 @@ __all__ = ['Unit', 'Part', 'read_ahead', 'row_spans', 'apply_scale', 'plan_units
            'model_card', 'plain_card', 'pick_device', 'quantize_checkpoint', 'dequantize_checkpoint']
 
 # %% ../nbs/07_convert.ipynb #c9d71040
-import hashlib, json, os, queue, re, struct, threading, time
+import hashlib, json, os, queue, re, struct, sys, threading, time
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from importlib import import_module
 from itertools import accumulate, chain, groupby
 from math import ceil, prod
 from pathlib import Path
@@ -554,15 +555,8 @@ def quantize_checkpoint(
     """Quantizes a checkpoint, shard by shard, into a folder that appears when it is complete.
 
     Raises ConfigError, CheckpointError, NonFiniteError, UnsupportedError or OSError, each before any work where that is possible."""
-    if bits is not None: check_bits(bits)
-    if norm not in ('gain', 'l2'): raise ConfigError(f"norm: {norm!r}, need 'gain' or 'l2'; 'gain' has the lower error")
-    get_codebook(codebook, bits or 5)
-    source, device = open_source(src), pick_device(device)
-    if not source.files: raise ConfigError(f"{source.path}: only a config.json, need weights to quantize; hlwq plan works without them")
-    _check_paths(source.path, out)
-    plan = make_plan(source, bits=bits, recipe=recipe, min_coverage=min_coverage)
-    shards, times, start = cut_shards(plan_units(plan), max_shard_size), _Times(), time.perf_counter()
-    mark = dict(tool=__version__, bits=plan.bits, norm=norm, codebook=codebook, max_shard_size=max_shard_size, shards=len(shards), **_digests(plan, source))
+    source, device, plan, shards, mark = _prepared(src, out, bits, recipe, device, norm, codebook, max_shard_size, min_coverage)
+    times, start = _Times(), time.perf_counter()
     with source, CheckpointWriter(out, mark, plan.output_nbytes, resume, overwrite) as cw:
         done = sum(_source_nbytes(source, g) for n,g in shards.items() if n in cw.done)
         with _bar(progress, _source_nbytes(source, [u for g in shards.values() for u in g]), done, 'quantize') as bar:
@@ -570,6 +564,19 @@ def quantize_checkpoint(
         _finish(cw, source, plan, shards, quantization_config(plan, norm, codebook))
     plan.measured = dict(times, total=time.perf_counter()-start)
     return plan
+
+def _prepared(src, out, bits, recipe, device, norm, codebook, max_shard_size, min_coverage):
+    "All that is known, or refused, before any work: the open source, the device, the plan, what goes into each shard, and what decides the bytes"
+    if bits is not None: check_bits(bits)
+    if norm not in ('gain', 'l2'): raise ConfigError(f"norm: {norm!r}, need 'gain' or 'l2'; 'gain' has the lower error")
+    get_codebook(codebook, bits or 5)
+    source, device = open_source(src), pick_device(device)
+    if not source.files: raise ConfigError(f"{source.path}: only a config.json, need weights to quantize; hlwq plan works without them")
+    _check_paths(source.path, out)
+    plan = make_plan(source, bits=bits, recipe=recipe, min_coverage=min_coverage)
+    shards = cut_shards(plan_units(plan), max_shard_size)
+    mark = dict(tool=__version__, bits=plan.bits, norm=norm, codebook=codebook, max_shard_size=max_shard_size, shards=len(shards), **_digests(plan, source))
+    return source, device, plan, shards, mark
 
 def _write_shards(cw, source, shards, norm, codebook, device, times, tick):
     "Makes shards one after the other; while one is brought to the disk and into the journal, the next is made"
@@ -697,3 +704,7 @@ def _cut_plain(units, limit):
         groups[-1].append(u)
         size += n
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i,g in enumerate(groups, 1)}
+
+# %% ../nbs/07_convert.ipynb #a7c0de02
+if __name__ == '__main__' and getattr(__spec__, 'name', None) == 'hlwq.convert':     # python -m hlwq.convert; false in a notebook
+    sys.exit(import_module('hlwq.cli').main(['quantize', *sys.argv[1:]]))

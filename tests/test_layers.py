@@ -27,6 +27,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     recipe='core packing source',
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core kernels.quantize lloyd_max quantize source recipe checkpoint',
+    ranks='core checkpoint convert',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
     groups='core quantize',
     export_ct='core quantize source recipe checkpoint convert groups',
@@ -57,7 +58,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     bench_kv='bench bench_decode core evaluate generate kernels.attention kernels.kv_attention kv_cache screen',
     bench_offload='bank bench bench_decode cache_plan cache_sim core experts generate linear offload quantize',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv bench_offload cache_sim export_ct kv_cache',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv bench_offload cache_sim export_ct kv_cache ranks',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
