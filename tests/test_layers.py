@@ -42,6 +42,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     kv_cache='core kv_codec kernels.kv_attention',
     cache_policy='core',
     cache_sim='core cache_policy',
+    vllm='core experts linear lloyd_max',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
