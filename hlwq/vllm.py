@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TESTED', 'DTYPES', 'FUSED_KEY', 'installed', 'check_version', 'row_nbytes', 'as_rows', 'check_shard', 'check_dtype',
            'ServedConfig', 'RowsLoader', 'MetaLoader', 'Codes', 'PackedLinearMethod', 'routed_sum',
-           'PackedExpertsMethod', 'register']
+           'PackedExpertsMethod', 'method_for', 'fused_names', 'register']
 
 # %% ../nbs/51_vllm.ipynb #6b8d7981
 import sys
@@ -106,7 +106,7 @@ def check_dtype(
     if dtype in DTYPES: return dtype
     raise ConfigError(f"activations: {dtype}, need one of {listing(DTYPES)}; use --dtype bfloat16")
 
-# %% ../nbs/51_vllm.ipynb #de1d2a14
+# %% ../nbs/51_vllm.ipynb #bf62c6c6
 class ServedConfig(QuantizationConfig):
     """Tells vLLM which layers of a checkpoint are packed, and how.
 
@@ -133,6 +133,9 @@ class ServedConfig(QuantizationConfig):
     def get_config_filenames(): return []
     @classmethod
     def from_config(cls, config): return cls(config)
+    def get_quant_method(self, layer, prefix): return method_for(self, layer, prefix)
+    @staticmethod
+    def get_checkpoint_weight_mapper(): return fused_names()
     def maybe_update_config(self, model_name, hf_config=None, revision=None): self.tied = bool(getattr(hf_config, 'tie_word_embeddings', False))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper):
@@ -308,27 +311,30 @@ def _check_experts(layer, moe, name):
             'router weights on the input, need them on the output; serve this model from an export in the format of compressed-tensors' if layer.apply_router_weight_on_input else '')
     if said: raise UnsupportedError(f"{name}: {said}")
 
-# %% ../nbs/51_vllm.ipynb #837b3b12
-@patch
-def get_quant_method(self:ServedConfig, layer, prefix):
-    "Chooses what serves a layer"
+# %% ../nbs/51_vllm.ipynb #4ef100f9
+def method_for(
+    config:ServedConfig, # settings of the checkpoint
+    layer:nn.Module, # a layer of vLLM
+    prefix:str, # its name
+): # a quantize method of vLLM, or None
+    """Chooses what serves a layer.
+
+    Raises UnsupportedError as layer_bits and expert_bits do."""
     if isinstance(layer, RoutedExperts):
-        bits = self.expert_bits(prefix)
-        return None if bits is None else PackedExpertsMethod(self, layer.moe_config, bits, prefix)
+        bits = config.expert_bits(prefix)
+        return None if bits is None else PackedExpertsMethod(config, layer.moe_config, bits, prefix)
     head = isinstance(layer, ParallelLMHead)
     if not head and not isinstance(layer, (LinearBase, VocabParallelEmbedding)): return None
-    if head and self.tied and any(n.endswith(('embed_tokens.weight', 'wte.weight')) for n in self.kept): return UnquantizedEmbeddingMethod()
-    if bits := self.layer_bits(prefix): return PackedLinearMethod(self, bits, prefix)
+    if head and config.tied and any(n.endswith(('embed_tokens.weight', 'wte.weight')) for n in config.kept): return UnquantizedEmbeddingMethod()
+    if bits := config.layer_bits(prefix): return PackedLinearMethod(config, bits, prefix)
     return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
 
 FUSED_KEY = r'\.experts\.(gate_up_proj|down_proj)_e(\d+)__(packed|norms|meta)$', r'.experts.\2.\1.weight__\3'
 
-def _fused_names():
+def fused_names(): # WeightsMapper
     "A mapper of vLLM that renames experts that were one tensor"
     import regex
     return WeightsMapper(orig_to_new_regex={regex.compile(FUSED_KEY[0]):FUSED_KEY[1]})
-
-ServedConfig.get_checkpoint_weight_mapper = staticmethod(_fused_names)
 
 # %% ../nbs/51_vllm.ipynb #7617fe1d
 def register():
