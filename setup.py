@@ -11,7 +11,7 @@ cfg = cfg['DEFAULT']
 
 def requirements(key): return shlex.split(cfg.get(key, ''))
 
-extras = {g: requirements(f'{g}_requirements') for g in ('triton', 'vllm', 'docs')}
+extras = {g: requirements(f'{g}_requirements') for g in ('triton', 'ct', 'vllm', 'docs')}
 extras['dev'] = requirements('dev_requirements') + extras['triton']
 
 setup(

@@ -9,13 +9,17 @@ are the same (`--one-by-one` feeds them alone and shows it). Compared are the pr
 Models without query norms are measured a second time with outliers: per KV head four channels of the keys are scaled by 16 and the queries by 1/16 (two rotary pairs, in the weights), and
 +-100 is added to two channels of every key that the cache is given. Neither changes the function. `--long N` adds N windows of 4,096 tokens to those without, of which the last 1,024 are compared,
 with and without scales that know the size of the queries; that is measured on 512 other tokens of the first text.
+
+    python benchmarks/kv.py --padding 200 --model DIR [DIR ...] --text FILE [FILE ...] --windows 1 --write
+
+compares instead the same windows with and without so many tokens of padding on their left, and puts that beside the other results. Keys of padding are part of the statistics of the blocks that they share.
 """
-import argparse, copy, hashlib, inspect, time, warnings
+import argparse, copy, hashlib, inspect, json, time, warnings
 from math import exp
 from pathlib import Path
 
 import torch
-from common import about, save, said
+from common import RESULTS, about, save, said
 from hlwq.core import HLWQWarning, human_bytes
 from hlwq.evaluate import cut_windows, estimate, load_text_tokens
 from hlwq.kv_cache import HLWQCache, HLWQLayer, _geometry, blocks_of, query_rms
@@ -29,9 +33,13 @@ def load(path):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
-def call(model, ids, cache):
+def call(model, ids, cache, pad=0):
     name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
-    return model(ids, use_cache=True, **{name:cache}).logits
+    if not pad: return model(ids, use_cache=True, **{name:cache}).logits
+    past, n = cache.get_seq_length(), cache.get_seq_length() + ids.shape[1]
+    mask, positions = torch.ones(1, n, dtype=torch.int64), (torch.arange(past, n) - pad).clamp_min(0)
+    mask[:, :pad] = 0
+    return model(ids, attention_mask=mask, position_ids=positions[None], use_cache=True, **{name:cache}).logits
 
 @torch.no_grad()
 def add_outliers(model, factor=16., offset=100., seed=0):
@@ -71,8 +79,8 @@ def chunks(start, end, one_by_one=False):
         start = stop
 
 @torch.inference_mode()
-def logits_of(model, ids, cache, start, one_by_one=False):
-    return torch.cat([call(model, ids[:, a:b], cache) for a,b in chunks(start, ids.shape[1], one_by_one)], 1)[0, :-1]
+def logits_of(model, ids, cache, start, one_by_one=False, pad=0):
+    return torch.cat([call(model, ids[:, a:b], cache, pad) for a,b in chunks(start, ids.shape[1], one_by_one)], 1)[0, :-1]
 
 def score(logits, ids, reference=None): # mean NLL, KL, agreement
     rows = []
@@ -93,17 +101,18 @@ def make(config, k_bits, v_bits, query_rms=None, plain=False):
     return cache
 
 @torch.inference_mode()
-def measure(model, windows, start, found, offsets=(), one_by_one=False):
+def measure(model, windows, start, found, offsets=(), one_by_one=False, pad=0):
     "(windows, 3) for each variant and for the exact cache"
     rows = {k:[] for k in ('exact', *found)}
     for ids in windows[:, None]:
+        ids, at = torch.nn.functional.pad(ids, (pad, 0)), start + pad
         exact = HLWQCache(model.config, 16, 16)
-        call(model, ids[:, :start], exact)
-        reference, t = logits_of(model, ids, copy.deepcopy(exact), start), ids[0, start+1:]
+        call(model, ids[:, :at], exact, pad)
+        reference, t = logits_of(model, ids, copy.deepcopy(exact), at, pad=pad), ids[0, at+1:]
         rows['exact'].append(score(reference, t))
         for k,how in found.items():
             cache = continued(with_offsets(make(model.config, **how), offsets), exact)
-            rows[k].append(score(logits_of(model, ids, cache, start, one_by_one), t, reference))
+            rows[k].append(score(logits_of(model, ids, cache, at, one_by_one, pad), t, reference))
     return {k:torch.stack(v) for k,v in rows.items()}
 
 @torch.inference_mode()
@@ -155,6 +164,13 @@ def run(path, name, args, outliers):
         res.append(res[0] | dict(window=4096, start=3072, texts={k:1 for k in list(tokens)[:args.long]}, tokens=1023*len(windows), rows=summary(measure(model, windows, 3072, found, offsets), found, model.config)))
     return res
 
+def run_padded(path, name, args):
+    "The same windows with and without padding on their left"
+    from transformers import AutoTokenizer
+    model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
+    windows, found = torch.cat([cut_windows(load_text_tokens(f, tokenizer, 40_000), 1024)[:args.windows] for f in args.text]), variants(((4, 4), (3, 2)), None, False)
+    return [dict(model=name, padding=pad, window=1024, start=512, tokens=511*len(windows), rows=summary(measure(model, windows, 512, found, pad=pad), found, model.config)) for pad in (0, args.padding)]
+
 def judged(results):
     "Targets beside what was measured"
     res = []
@@ -174,6 +190,11 @@ def markdown(r):
         lines += [f"| {k} | {v['bits']:.2f} | {v['kl']:.4f} ± {v['kl_error']:.4f} | x {v['ratio']:.4f} ± {v['ratio_error']:.4f} | {100*v['top1']:.1f} ± {100*v['top1_error']:.1f} |" for k,v in o['rows'].items() if k != 'exact']
         if 'token_seconds' in o and o['window'] == 1024: lines += ['', 'One token behind 1,024, float32, plain torch, ms: ' + ', '.join(f'{k} {1e3*v:.0f}' for k,v in o['token_seconds'].items()) + '.']
         lines.append('')
+    if (padded := r.get('padded')):
+        lines += ['## Padding on the left', '', f"The same windows of 1,024 tokens, alone and behind padding, as in a batch of texts of several lengths. One block holds both padding and text; {padded['results'][0]['tokens']:,} scored tokens.", '',
+            '| model | padding | cache | KL, nats/token | top-1 agreement, % |', '|---|---|---|---|---|']
+        lines += [f"| {o['model']} | {o['padding']} | {k} | {v['kl']:.4f} ± {v['kl_error']:.4f} | {100*v['top1']:.1f} ± {100*v['top1_error']:.1f} |" for o in padded['results'] for k,v in o['rows'].items() if k != 'exact']
+        lines += ['', 'Padding moves the borders of blocks too, which alone changes KL by up to 15 %; what is left of the difference is the block whose statistics keys of padding are part of.', '', said(padded), '']
     lines += ['## Memory', '', 'Ten layers of two heads of 256, as in a Qwen3.5 of 35 billion weights: bytes of the cache by arithmetic, everything counted, and how many times smaller than in 16 bits. The ring of 256 tokens is allocated from the start.', '',
         '| cache | ' + ' | '.join(f"{m['tokens']:,} tokens" for m in r['memory'][:5]) + ' |', '|---|' + '---|'*5]
     lines += [f"| {f'K{k}V{v}'} | " + ' | '.join(f"{human_bytes(m['nbytes'])} ({m['ratio']:.2f}x)" for m in r['memory'] if m['cache'] == f'K{k}V{v}') + ' |' for k,v in WIDTHS]
@@ -189,6 +210,7 @@ def main():
     p.add_argument('--windows', type=int, default=2, help='of 1,024 tokens from the start of each text; twice as many for small models')
     p.add_argument('--long', type=int, default=0, help='windows of 4,096 tokens, each from another text')
     p.add_argument('--no-outliers', action='store_true', help='skip the models with outliers')
+    p.add_argument('--padding', type=int, default=0, metavar='N', help='compare with N tokens of padding instead, and keep the other results')
     p.add_argument('--one-by-one', action='store_true', help='feed tokens alone')
     p.add_argument('--threads', type=int, help='of torch')
     p.add_argument('--write', action='store_true', help='write docs/results/kv-quality.json and .md')
@@ -196,6 +218,12 @@ def main():
     if a.threads: torch.set_num_threads(a.threads)
     warnings.simplefilter('ignore', HLWQWarning)
     start, results, names = time.time(), [], a.name or [m.resolve().name for m in a.model]
+    if a.padding:
+        for name,path in zip(names, a.model): results += run_padded(path, name, a); print(f'{name}: {time.time() - start:.0f} s', flush=True)
+        r = json.loads((RESULTS/'kv-quality.json').read_text())
+        r['padded'] = about() | dict(command=f"python benchmarks/kv.py --padding {a.padding} --model {' '.join(names)} --text {' '.join(r['texts'])} --windows {a.windows}", seconds=round(time.time() - start), results=results)
+        if a.write: save('kv-quality', r, markdown(r))
+        return print(markdown(r))
     for name,path in zip(names, a.model):
         has_norms = hasattr(load(path).model.layers[-1].self_attn, 'q_norm')
         for outliers in (False, True)[:1 if has_norms or a.no_outliers else 2]:

@@ -8,6 +8,22 @@ from common import RESULTS
 def result(name): return json.loads((RESULTS/f'{name}.json').read_text())
 def row(what, target, got, ok, file): return f"| {what} | {target} | {got} | {'yes' if ok else '**no**'} | [{file}]({file}.md) |"
 
+def kv_speed_rows(parts):
+    "Attention over codes against torch's, appends, and memory; what a run did not measure has no row"
+    rows, own = [], {r['context']:r for r in parts.get('attention', ()) if (r['heads'], r['kv_heads'], r['head_dim']) == (16, 2, 256) and r['ratio']}
+    def speed(width, n, least): rows.append(row(f"attention over codes, 16 heads on 2 of 256, {width} at {n:,} tokens, in units of torch's over bfloat16 (cuDNN or flash, the faster)", f'{least}x', f"{own[n]['ratio'][width]:.2f}x ({own[n]['us'][width]:.1f} µs)", own[n]['ratio'][width] >= least, 'kv-speed'))
+    for width,n,least in (('K4V4', 32_768, 1.35), ('K4V4', 131_072, 1.5), ('K3V2', 131_072, 1.8)):
+        if width in own.get(n, {}).get('ratio', ()): speed(width, n, least)
+    short = {n:min(r['ratio'].values()) for n,r in own.items() if n < 8192}
+    if short: rows.append(row(f"the same below 8,192 tokens, all widths: {', '.join(f'{n:,}' for n in short)}", 'at least 0.9x', ', '.join(f'{s:.2f}x' for s in short.values()), min(short.values()) >= .9, 'kv-speed'))
+    ten = {tuple(r['bits']):r for r in parts.get('append', ()) if (r['kv_heads'], r['head_dim']) == (2, 256)}
+    if (4, 4) in ten: rows.append(row('append, one token, 10 layers in a graph, 2 heads of 256, K4V4', 'at most 5 µs a layer', f"{ten[4, 4]['mean_us']:.2f} µs ({ten[4, 4]['block_us']:.1f} for the token that completes a block)", ten[4, 4]['mean_us'] <= 5, 'kv-speed'))
+    model = [r for r in parts.get('model', ()) if r['measured']]
+    if model:
+        worst, plain = max(abs(r['measured']/r['predicted'] - 1) for r in model), next((r for r in model if r['bits'] is None), None)
+        rows.append(row(f"a prompt of {model[0]['context']:,} tokens: memory of the cache against the prediction", 'within 2 %', f'at most {100*worst:.2f} %' + (f" ({', '.join(format(r['tokens_per_second'], '.0f') for r in model)} tokens/s with {', '.join('bfloat16' if r['bits'] is None else 'K%dV%d' % tuple(r['bits']) for r in model)})" if plain else ''), worst <= .02, 'kv-speed'))
+    return rows
+
 def main():
     q, s, k, p, i = (result(n) for n in ('quantize', 'stream', 'packing', 'plan', 'interrupt'))
     seed, others = p['plans']['Qwen3_5MoeConfig'], {n:o for n,o in p['plans'].items() if n != 'Qwen3_5MoeConfig'}
@@ -56,6 +72,7 @@ def main():
         row('512, 2048, 4096 rows, 5 bits, 4096 x 4096, in units of bfloat16', '0.75x, 0.90x, 0.95x', ', '.join(f"{one[4096, 4096, 5, m]['ratio']:.2f}x" for m in (512, 2048, 4096)), all(one[4096, 4096, 5, m]['ratio'] >= t for m,t in ((512, .75), (2048, .9), (4096, .95))), 'kernels')]
     dec = {(r['model'], r['bits'], r['way'], r['rows'], r['context']):r for part in result('decode')['parts'].values() for r in part['rows']}
     q36, llama = 'Qwen3.6-35B-A3B', 'Llama-3.1-8B'
+    torchao = [r['ms'] for way in ('model.generate, compiled', 'graph') for r in result('peers')['rows'] if (r['model'], r['weights'], r['way']) == ('Llama-3.1-8B', 'torchao int4', way)]
     def speed_of(what, key, least): return row(what, f'{least} tokens/s', f"{dec[key]['tokens_per_second']:.0f} tokens/s", dec[key]['tokens_per_second'] >= least, 'decode')
     ours, theirs, first = dec[llama, 5, 'kernels', 1, 128], dec[llama, None, 'graph', 1, 128], dec[q36, 5, 'kernels', 1, 2048]
     slowest = max(r['capture_seconds'] for r in dec.values() if r['capture_seconds'])
@@ -63,6 +80,7 @@ def main():
         speed_of(f"{q36}, 5 bits, one text (eager bfloat16 {dec[q36, None, 'eager', 1, 128]['tokens_per_second']:.1f}, the same step recorded {dec[q36, None, 'graph', 1, 128]['tokens_per_second']:.0f})", (q36, 5, 'kernels', 1, 128), 200),
         speed_of('the same in bfloat16, by the kernels', (q36, None, 'kernels', 1, 128), 140),
         row(f'{llama}, 5 bits, in units of the step of transformers recorded in bfloat16', '2.0x', f"{theirs['ms']/ours['ms']:.2f}x ({ours['tokens_per_second']:.0f} tokens/s)", theirs['ms'] >= 2*ours['ms'], 'decode'),
+        row(f'{llama}, 5 bits, against int4 of torchao, compiled and recorded', 'as fast', f"{ours['tokens_per_second']:.0f} tokens/s against {' and '.join(f'{1e3/v:.0f}' for v in torchao)}", ours['ms'] <= min(torchao), 'peers'),
         row(f'{q36}, first token after 2,048', 'at most 120 ms', f"{first['first_ms']:.0f} ms with 5 bits, {dec[q36, None, 'kernels', 1, 2048]['first_ms']:.0f} ms with bfloat16 weights", first['first_ms'] <= 120, 'decode'),
         row('recording a step', 'at most 5 s', f'at most {slowest:.2f} s', slowest <= 5, 'decode')]
     kv = result('kv-quality')
@@ -71,7 +89,18 @@ def main():
         rows.append(row(f"KV cache, {model}{', outliers in the keys' if outliers else ''}: KL from the exact cache with {', '.join(o['what'] for o in got)}", 'at most ' + ', '.join(f"{o['target']:g}" for o in got), ', '.join(f"{o['kl']:.4f}" for o in got), all(o['reached'] for o in got), 'kv-quality'))
     full = {m['cache']:m['nbytes']/1e9 for m in kv['memory'] if m['tokens'] == 262_144}
     rows.append(row('KV cache, 10 layers x 2 heads x 256 at 262,144 tokens (5.37 GB in bfloat16): K4V4, K2V2', 'at most 1.45 GB, 0.80 GB', f"{full['K4V4']:.2f} GB, {full['K2V2']:.2f} GB", full['K4V4'] <= 1.45 and full['K2V2'] <= .8, 'kv-quality'))
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'decode') and not f.stem.startswith('packed-')]
+    ct = result('export-ct')
+    text, made, (normal, tails) = ct['plans']['language part'], ct['model'], (o['4 bits, ours'] for o in ct['errors'].values())
+    speed, worst = ct['speed']['best']['weights']/ct['speed']['best']['wall']/1e6, {d:max(abs(v[d]['relative']) for v in made['texts'].values()) for d in ('bfloat16', 'float32')}
+    cast = max(abs(o['relative_cast']) for v in made['texts'].values() for o in v.values())
+    rows += [
+        row('compressed-tensors, 4 bits: relative weight error, Gaussian and Student-t(4)', 'at most 0.101, 0.168', f'{normal:.4f}, {tails:.4f}', normal <= .101 and tails <= .168, 'export-ct'),
+        row('the same, planned for Qwen3.6-35B-A3B from its config: tensors, shapes beside them, bytes', '62,303; 30,970; 19.4 GB', f"{text['without_shapes']:,}; {text['n_matrices']:,}; {text['nbytes']/1e9:.2f} GB", (text['without_shapes'], text['n_matrices'], round(text['nbytes']/1e9, 1)) == (62303, 30970, 19.4), 'export-ct'),
+        row('export to compressed-tensors, files to files, 2 CPU cores', '60 M weights/s', f'{speed:.0f} M weights/s', speed >= 60, 'export-ct'),
+        row(f"{made['model']} exported, in transformers: perplexity against that of the original with code times scale for weights", 'within 1e-4', f"{worst['bfloat16']:.2g} in bfloat16; {worst['float32']:.2g} in float32, where transformers computes experts in bfloat16, {cast:.2g} without that", worst['bfloat16'] <= 1e-4 and cast <= 1e-4, 'export-ct'),
+        row('the same: matrices that the library unpacks to the bits of the reference', 'all', f"{made['library_equal']} of {made['n_matrices']}", made['library_equal'] == made['n_matrices'], 'export-ct')]
+    if (RESULTS/'kv-speed.json').exists(): rows += kv_speed_rows(result('kv-speed')['parts'])
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode', 'peers', 'export-ct') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -24,11 +24,15 @@ _modules = dict(
     packed_model='hlwq_report',
     hf='HLWQConfig HLWQQuantizer',
     load='load_model',
+    bank='HostBank',
     kv_cache='HLWQCache',
     generate='generate HLWQGenerator GenerationReport',
+    custom_generate='custom_generate',
     cache_policy='ExpertTable',
+    offload='offload_experts OffloadStats',
     cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
+    export_ct='export_compressed_tensors plan_export ExportPlan',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}
 __all__ = list(_homes)

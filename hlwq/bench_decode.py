@@ -23,7 +23,7 @@ from .bench import BenchResult, ceilings, floor_us, machine, packed_weights, req
 from .core import BITS, ConfigError, HLWQError, check_bits, human_bytes, listing
 from .evaluate import COLOURS, plot_style
 from .generate import HLWQGenerator, cache_bytes, out_of_memory
-from .linear import norm_bits
+from .linear import Packed, norm_bits
 from .packed_model import packed_parts, place
 from .screen import one_line
 
@@ -69,6 +69,7 @@ def random_model(
     config, # a transformers config
     bits:int=None, # bits per code; None for bfloat16
     device='cuda', # where to make it
+    experts:bool=True, # packed ones get content
 ): # a transformers model in evaluation mode
     "Makes a model of random weights, packed or not"
     from transformers import AutoModelForCausalLM
@@ -81,7 +82,8 @@ def random_model(
             with torch.device(device): m.__init__(m.config)
         for leaf,p in list(m._parameters.items()):
             if p is not None and p.is_meta and id(p) not in packed: setattr(m, leaf, nn.Parameter(_drawn(leaf, p, device), requires_grad=False))
-    for i,(_,m) in enumerate(packed_parts(model)): _fill_codes(m, i, device)
+    for i,(_,m) in enumerate(packed_parts(model)):
+        if experts or isinstance(m, Packed): _fill_codes(m, i, device)
     return model.eval()
 
 def _drawn(leaf, p, device): # what keeps activations in range: norms near 1 (or 0 where 1 is added), small matrices
@@ -143,11 +145,11 @@ def kernel_rows(
         one[0] += 1; one[1] += us
     return sorted((dict(name=k, count=c/n, us=us/n) for k,(c,us) in found.items()), key=lambda r: -r['us'])
 
-# %% ../nbs/84_bench_decode.ipynb #94592451
+# %% ../nbs/84_bench_decode.ipynb #e2359a6d
 KINDS = dict(                                                  # the first that fits
     choosing=r'ArgMax',
     DeltaNet=r'^_(conv|state|conv_prompt|chunk|scan|gated_norm)_kernel|causal_conv|delta_rule|fused_recurrent|conv_depthwise',
-    attention=r'^_split_kernel|^_combine_kernel|^_rope_kernel|fmha|flash|attention',
+    attention=r'^_(kv_)?(split|combine)_kernel|^_append_kernel|^_rope_kernel|fmha|flash|attention',
     norms=r'^_add_norm_kernel|^_gate_kernel|rms_norm|layer_norm|MeanOps',
     experts=r'^_route_kernel|expert|moe|grouped|topk|bitonicSort',
     products=r'^_gemv_kernel|^_small_kernel|^_rotate_kernel|^_dense_kernel|^_thin_kernel',

@@ -150,6 +150,7 @@ class CacheCounts:
     misses:int=0 # experts that had to be loaded
     reloads:int=0 # misses of experts that had been there before
     evictions:int=0 # experts that had to go
+    staged:int=0 # misses that found no slot, and were loaded for one call
 
     def __add__(self, o): return CacheCounts(*(getattr(self, f.name) + getattr(o, f.name) for f in fields(self)))
     def __sub__(self, o): return CacheCounts(*(getattr(self, f.name) - getattr(o, f.name) for f in fields(self)))
@@ -196,26 +197,32 @@ def distinct(self:ExpertTable,
 def resolve(self:ExpertTable,
     ids, # ids of experts that are needed at the same time, any shape
     keep=(), # experts that must stay too: in use, or on their way
+    staging:int=0, # places behind the slots, for experts that find no slot; what is in them is forgotten after the call
 ) -> tuple: # slot of each id, int32 of the same shape; (expert, slot) pairs to load
     """Finds a slot for every expert of a call, and says what has to be loaded before the slots are read.
 
-    Raises ConfigError, and changes nothing, if there are more experts than slots: then go by waves."""
+    Staging places have the numbers slots, slots+1, and so on; they are taken when every slot holds an expert of this call, by those that come last.
+    Raises ConfigError, and changes nothing, if there are more experts than slots and staging places: then go by waves."""
     ids = _numbers(ids)
     needed = self.distinct(ids)
     missing = [e for e in needed if self.table[e] < 0]
     protected = {*needed, *(e for e in self.distinct(list(keep)) if self.table[e] >= 0)} if len(keep) else set(needed)
-    if len(protected) > self.slots:
-        raise ConfigError(f"experts: {len(needed)} in this call and {len(protected)-len(needed)} to keep, need at most {self.slots}, the slots; serve them by waves(ids)")
+    over = max(0, len(protected) - self.slots)
+    if over > staging:
+        raise ConfigError(f"experts: {len(needed)} in this call and {len(protected)-len(needed)} to keep, need at most {self.slots + staging}, the slots{' and the staging places' if staging else ''}; serve them by waves(ids)")
+    missing, staged = missing[:len(missing) - over], missing[len(missing) - over:]
     n = len(missing) - len(self.free)
     self._remove(self._chosen(n, protected) if n > 0 else [])
     loads = [(e, self.free.pop(0)) for e in missing]
     for e,s in loads: self.table[e], self.held[s] = s, e
     self.policy.admit(missing)
-    self.policy.touch(needed)
-    c = self.counts
-    c.calls += 1; c.hits += len(needed) - len(missing); c.misses += len(missing); c.reloads += sum(e in self.known for e in missing); c.evictions += max(0, n)
-    self.known.update(missing)
-    return self.table[ids], loads
+    self.policy.touch([e for e in needed if self.table[e] >= 0])
+    c, found = self.counts, self.table[ids]
+    for s,e in enumerate(staged, self.slots): found[ids == e] = s
+    loads += [(e, s) for s,e in enumerate(staged, self.slots)]
+    c.calls += 1; c.hits += len(needed) - len(loads); c.misses += len(loads); c.reloads += sum(e in self.known for e,_ in loads); c.evictions += max(0, n); c.staged += over
+    self.known.update(e for e,_ in loads)
+    return found, loads
 
 @patch
 def _chosen(self:ExpertTable, n, protected): # a policy may be anybody's, so it is not believed

@@ -247,6 +247,31 @@ def _dequantize(folder:Dir, out:Out, codebook:Book='auto', dtype:Annotated[str, 
     screen.say(f"{out}: {human_bytes(_weights(out))} of {dtype} weights, {100*_weights(out)/max(_weights(folder), 1):.0f} % of {folder}")
     screen.result(dict(out=str(out), dtype=dtype, nbytes=_weights(out), files=manifest['files']))
 
+# %% ../nbs/90_cli.ipynb #bee873d4
+_RESUMES.add('export-ct')
+
+@app.command('export-ct', epilog='Examples: hlwq export-ct path/to/model path/to/model-int4   or   hlwq export-ct path/to/config.json --dry-run')
+def _export_ct(src:Src, out:Annotated[Optional[str], typer.Argument(metavar='OUT', help='The folder to make. It appears when it is complete. Not needed with --dry-run.', show_default=False)]=None,
+               bits:Annotated[str, typer.Option('--bits', metavar='N', help='Bits a weight: 4 or 8.')]='4', recipe:RecipeFile=None,
+               signed:Annotated[bool, typer.Option('--signed', help='Allow negative scales: 4 % less error, but not every server may expect them.')]=False,
+               device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto',
+               max_shard_size:Annotated[str, typer.Option(metavar='SIZE', help='Largest file, such as 5GB or 500MB.')]='5GB', min_coverage:Coverage=0.9, overwrite:Overwrite=False,
+               no_resume:Annotated[bool, typer.Option('--no-resume', help='Start over, even if an unfinished OUT.partial could be used.')]=False,
+               dry_run:Annotated[bool, typer.Option('--dry-run', help='Say what would be written, and write nothing.')]=False, as_json:Json=False, quiet:Quiet=False):
+    """Writes a model as integers with a scale for every 128, in the compressed-tensors format that vLLM and transformers read.
+
+    Give it the original: exporting a folder of hlwq quantize loses more. Needs the package compressed-tensors: pip install 'hlwq\\[ct]'"""
+    from hlwq.core import ConfigError, human_bytes, parse_size
+    from hlwq.export_ct import export_compressed_tensors, plan_export
+    screen, size = Screen(as_json, quiet), parse_size(max_shard_size)
+    if dry_run: plan = plan_export(src, bits=_number(bits), recipe=recipe, min_coverage=min_coverage)
+    elif out is None: raise ConfigError("OUT: not given, need a folder to make; only --dry-run does without")
+    else: plan = export_compressed_tensors(src, out, bits=_number(bits), recipe=recipe, device=device, signed=signed, resume=not no_resume, overwrite=overwrite, progress=screen.progress,
+                                           max_shard_size=size, min_coverage=min_coverage)
+    screen.say(repr(plan))
+    if not dry_run: screen.say(f"{out}: {human_bytes(_weights(out))} of weights in {plan.measured['total']:.1f} s; serve it with {shlex.join(['vllm', 'serve', str(out)])}")
+    screen.result(dict(out=None if dry_run else str(out), **plan.to_json()))
+
 # %% ../nbs/90_cli.ipynb #c8f09404
 @app.command('eval', epilog='Example: hlwq eval path/to/model-Q5 --against path/to/model --text book.txt')
 def _eval(folder:Dir, against:Annotated[str, typer.Option('--against', metavar='SRC', help='The model before it was quantized.', show_default=False)],
@@ -293,7 +318,7 @@ def _show_comparison(c, screen, before, after):
                  ('quantized', human_bytes(after), str(c.ppl_b), str(c.ratio), str(c.kl), f'{100*c.top1:.2f} ± {100*c.top1.error:.2f}')])
     screen.say(f'{c.n_tokens:,} tokens in {c.n_windows} windows; ± is one standard error. Ratio, KL and top-1 compare the same text, so their errors are small.')
 
-# %% ../nbs/90_cli.ipynb #7a41d9be
+# %% ../nbs/90_cli.ipynb #c7c11952
 def _sampling(max_new_tokens, temperature, narrower, penalty, stop, prefill_chunk):
     "What a generator gets, refused here if it cannot be meant: before anything is loaded"
     from hlwq.core import ConfigError
@@ -317,15 +342,28 @@ def _prompt_ids(folder, tokenizer, prompt, chat):
     if not ids.numel(): raise ConfigError(f"prompt: no token in {prompt!r}, need at least one; write something to begin with")
     return ids
 
+def _cache_options(expert_cache, host, vram_gb):
+    "What load_model takes, of the options for experts on the host; it checks them"
+    from hlwq.core import ConfigError
+    if expert_cache is None and (host, vram_gb) == ('auto', None): return {}
+    if expert_cache is None: raise ConfigError("--host, --vram-gb: given without --expert-cache, need it too; use --expert-cache auto")
+    if expert_cache != 'auto' and not expert_cache.isdecimal(): raise ConfigError(f"--expert-cache: {expert_cache!r}, need a whole number from 1, or auto; 64 is a good one for layers of 256 experts")
+    return dict(expert_cache=expert_cache if expert_cache == 'auto' else int(expert_cache), host=host, vram_gb=vram_gb)
+
 def _told(r, backends):
     "How fast it was, and what computed it"
     speed = lambda v: '' if v is None else f' at {v:,.1f} tokens/s'
     why = f' because {r.fallback}' if r.fallback else f' (no kernels: {r.no_kernels})' if r.no_kernels else ''
     recording = '' if r.capture_seconds is None else f', of which {r.capture_seconds:.1f} s were recording'
     return (f'{r.prompt_tokens:,} tokens read{speed(r.prompt_tokens_per_second)}, the first new one after {1e3*r.first_seconds:,.0f} ms, {r.new_tokens:,} written{speed(r.decode_tokens_per_second)}{recording}; '
-        f"step: {r.step}{why}; weights: {', '.join(backends)}")
+        f"step: {r.step}{why}; weights: {', '.join(backends)}{'' if r.kv is None else _told_kv(r)}")
 
-# %% ../nbs/90_cli.ipynb #4343f602
+def _told_kv(r):
+    from hlwq.core import human_bytes
+    full = '' if r.kv_full is None else f', {human_bytes(r.kv_full.nbytes)}, {r.kv_full.share}, at {r.kv_full.tokens:,} tokens'
+    return f'; KV cache: {r.kv_cache}, {human_bytes(r.kv.nbytes)}, {r.kv.share}{full}'
+
+# %% ../nbs/90_cli.ipynb #f8639f80
 @app.command('generate', epilog='Example: hlwq generate path/to/model-Q5 --prompt "It was a dark and stormy night;"')
 def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar='TEXT', help='Where to begin.', show_default=False)],
               max_new_tokens:Annotated[int, typer.Option(metavar='N', help='Tokens to add, at most.')]=128,
@@ -338,7 +376,12 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
               chat:Annotated[bool, typer.Option('--chat', help='Put the prompt into the chat template of the model.')]=False,
               seed:Annotated[int, typer.Option(metavar='N', help='Same seed, same text.')]=0,
               prefill_chunk:Annotated[int, typer.Option(metavar='N', help='Tokens of the prompt that are read at a time; fewer need less memory.')]=2048,
-              codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto', as_json:Json=False, quiet:Quiet=False):
+              kv_bits:Annotated[Optional[str], typer.Option('--kv-bits', metavar='N or N,N', help='Store keys and values as codes of N bits, such as 4, or 4,2 for keys of 4 and values of 2; Q4, Q3, Q2 are presets.', show_default=False)]=None,
+              codebook:Book='auto', device:Annotated[str, typer.Option(metavar='DEVICE', help='Where to compute: auto, cpu, cuda:0.')]='auto',
+              expert_cache:Annotated[Optional[str], typer.Option(metavar='N|auto', help='Experts of each layer that stay on the device; the others are brought when they are needed. The text is the same for any number. auto: as many as fit.', show_default=False)]=None,
+              host:Annotated[str, typer.Option(metavar='WHERE', help='With --expert-cache, where the others are: pinned or pageable memory, mmap for a file beside the model, auto by free memory.')]='auto',
+              vram_gb:Annotated[Optional[float], typer.Option(metavar='GB', help='With --expert-cache: use no more memory of the device.', show_default=False)]=None,
+              as_json:Json=False, quiet:Quiet=False):
     """Continues a text with a quantized model, on packed weights.
 
     Prints the text as it comes; how fast that was, and what computed it, goes to the standard error."""
@@ -346,44 +389,49 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
     from hlwq.convert import pick_device
     from hlwq.demo import load_tokenizer, silence
     from hlwq.generate import HLWQGenerator
+    from hlwq.kv_cache import parse_kv_bits
     from hlwq.load import load_model
-    how = _sampling(max_new_tokens, temperature, dict(top_k=top_k, top_p=top_p, min_p=min_p), repetition_penalty, stop, prefill_chunk)
+    how = _sampling(max_new_tokens, temperature, dict(top_k=top_k, top_p=top_p, min_p=min_p), repetition_penalty, stop, prefill_chunk) | dict(kv_bits=parse_kv_bits(kv_bits))
+    cache = _cache_options(expert_cache, host, vram_gb)
     screen, place = Screen(as_json, quiet), pick_device(device)
     silence()
     with stage(screen, 'loading'):
         tokenizer = load_tokenizer(folder)
         ids = _prompt_ids(folder, tokenizer, prompt, chat)
-        model = load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto')
+        model = load_model(folder, device_map={'': place}, codebook=codebook, dtype=torch.float32 if place.type == 'cpu' else 'auto', **cache)
+    if cache: screen.remark(repr(model.offload_plan))
     g = HLWQGenerator(model, prefill_chunk)
     out = g(ids, max_new_tokens, **how, seed=seed, stop=stop, tokenizer=tokenizer, streamer=None if as_json or quiet else transformers.TextStreamer(tokenizer, skip_special_tokens=True))
     screen.remark(_told(g.report, model.hlwq_report().backends))
+    if cache: screen.remark(repr(model.offload_stats()))
     r, seconds = g.report, g.report.first_seconds + g.report.decode_seconds
-    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), tokens=r.new_tokens, seconds=seconds, tokens_per_second=r.new_tokens/seconds, report=r.to_json()))
+    screen.result(dict(path=str(folder), prompt=prompt, text=tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), tokens=r.new_tokens, seconds=seconds, tokens_per_second=r.new_tokens/seconds, report=r.to_json(), **(dict(offload=model.offload_stats().to_json(), offload_plan=model.offload_plan.to_json()) if cache else {})))
     if r.interrupted:
         sys.stdout.flush()
         raise KeyboardInterrupt
 
-# %% ../nbs/90_cli.ipynb #effe8f37
-_BENCH = dict(kernels=('bits', 'shape', 'rows'), quantize=('bits', 'shape', 'rows'), decode=('model', 'bits', 'rows', 'context', 'new', 'layers'))
+# %% ../nbs/90_cli.ipynb #893c0f13
+_BENCH = dict(kernels=('bits', 'shape', 'rows'), quantize=('bits', 'shape', 'rows'), decode=('model', 'bits', 'rows', 'context', 'new', 'layers'), kv=('bits', 'context'), offload=('slots', 'bits', 'new', 'layers'))
 
-@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16')
-def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode', help='Products with packed weights, quantizing, or whole models that write.', show_default=False)],
-           bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them; for decode bf16 too.', show_default=False)]=None,
+@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16   or   hlwq bench kv   or   hlwq bench offload')
+def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode|kv|offload', help='Products with packed weights, quantizing, whole models that write, attention over codes, or a model that writes with most experts on the host.', show_default=False)],
+           bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them; for decode bf16 too, for kv such as 4,K3V2.', show_default=False)]=None,
            shape:Annotated[Optional[List[str]], typer.Option('--shape', metavar='OUTxIN', help='Rows x columns of a matrix; may be given several times.', show_default=False)]=None,
            rows:Annotated[Optional[str], typer.Option('--rows', metavar='N,...', help='Rows that are multiplied at a time, 1 is one token; for decode, texts at once.', show_default=False)]=None,
            model:Annotated[Optional[str], typer.Option('--model', metavar='NAME,...', help='decode: models, by the beginning of their names, such as qwen3.6.', show_default=False)]=None,
-           context:Annotated[Optional[str], typer.Option('--context', metavar='N,...', help='decode: tokens of the prompt, 128 without it.', show_default=False)]=None,
+           context:Annotated[Optional[str], typer.Option('--context', metavar='N,...', help='decode: tokens of the prompt, 128 without it. kv: tokens in the cache.', show_default=False)]=None,
            new:Annotated[Optional[int], typer.Option('--new', metavar='N', help='decode: tokens to write, 128 without it.', show_default=False)]=None,
-           layers:Annotated[Optional[int], typer.Option('--layers', metavar='N', help='decode: fewer layers than the model has, to try it out.', show_default=False)]=None,
+           layers:Annotated[Optional[int], typer.Option('--layers', metavar='N', help='decode, offload: fewer layers than the model has, to try it out.', show_default=False)]=None,
+           slots:Annotated[Optional[str], typer.Option('--slots', metavar='N,...', help='offload: experts of each layer on the GPU, 2 to 256 without it.', show_default=False)]=None,
            json_file:Annotated[Optional[str], typer.Option('--json', metavar='FILE', help='Write all numbers to a file too.', show_default=False)]=None, quiet:Quiet=False):
     """Measures the GPU kernels next to bfloat16, int4 and NF4, each compared with a reference first; or how fast whole models write.
 
     Needs an NVIDIA GPU and triton. Without options a selection of shapes, widths and rows, and experts; or Qwen3.6-35B-A3B with random weights, at 5 and 4 bits and in bfloat16. It takes some minutes."""
-    screen, given = Screen(quiet=quiet), dict(model=model, bits=bits, shape=shape, rows=rows, context=context, new=new, layers=layers)
+    screen, given = Screen(quiet=quiet), dict(model=model, bits=bits, shape=shape, rows=rows, context=context, new=new, layers=layers, slots=slots)
     _fitting(what, given)
     if json_file: _can_be_written(Path(json_file))             # before some minutes of work
     words = ['hlwq', 'bench', what, *(w for k,v in given.items() for o in (v if isinstance(v, list) else [v]) if o is not None for w in (f'--{k}', str(o)))]
-    found = (_bench_decode if what == 'decode' else _bench_kernels)(what, shlex.join(words), screen, **{k:given[k] for k in _BENCH[what]})
+    found = dict(decode=_bench_decode, kv=_bench_kv, offload=_bench_offload).get(what, _bench_kernels)(what, shlex.join(words), screen, **{k:given[k] for k in _BENCH[what]})
     for head,lines in found.tables(): screen.table(head, lines)
     for note in found.notes(): screen.say(note)
     if json_file: Path(json_file).write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -391,7 +439,7 @@ def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode',
 def _fitting(what, given):
     "Refuses options that the measurement does not have"
     from hlwq.core import ConfigError
-    if what not in _BENCH: raise ConfigError(f"bench: {what!r}, need kernels, quantize or decode; see hlwq bench --help")
+    if what not in _BENCH: raise ConfigError(f"bench: {what!r}, need kernels, quantize, decode, kv or offload; see hlwq bench --help")
     wrong = [f'--{k}' for k,v in given.items() if v is not None and v != [] and k not in _BENCH[what]]
     if wrong: raise ConfigError(f"bench {what}: {', '.join(wrong)} given, need none but {', '.join(f'--{k}' for k in _BENCH[what])} here; see hlwq bench --help")
 
@@ -405,6 +453,23 @@ def _bench_decode(what, command, screen, model, bits, rows, context, new, layers
     numbers = {k:parse_numbers(v, o) for k,v,o in (('rows', rows, 'rows'), ('contexts', context, 'context')) if v is not None}
     asked = dict(names=None if model is None else model.split(','), bits=None if bits is None else parse_weights(bits), new=new, layers=layers)
     return run_decode(command, **numbers, **{k:v for k,v in asked.items() if v is not None}, progress=lambda row: screen.remark('  '.join(decode_table([row])[1][0])))
+
+def _bench_kv(what, command, screen, bits, context):
+    from hlwq.bench import parse_numbers
+    from hlwq.bench_kv import KV_TABLES, run_kv
+    from hlwq.kv_cache import parse_kv_bits
+    asked = dict(widths=None if bits is None else [parse_kv_bits(o) for o in bits.split(',')], contexts=None if context is None else parse_numbers(context, 'context'))
+    asked = {k:v for k,v in asked.items() if v is not None}
+    return run_kv(command, **asked, **(dict(parts=('attention',)) if asked else {}), progress=lambda part,row: screen.remark('  '.join(KV_TABLES[part]([row])[1][0])))
+
+def _bench_offload(what, command, screen, slots, bits, new, layers):
+    from hlwq.bench import parse_bits, parse_numbers
+    from hlwq.bench_offload import offload_table, run_offload
+    from hlwq.core import ConfigError
+    widths = parse_bits(bits) if bits else [5]
+    if len(widths) > 1: raise ConfigError(f"bench offload: {len(widths)} widths, need one, such as --bits 5; run it once for each")
+    asked = dict(slots=parse_numbers(slots, 'slots') if slots else None, new=new, layers=layers)
+    return run_offload(command, bits=widths[0], **{k:v for k,v in asked.items() if v is not None}, progress=lambda res: screen.remark('  '.join(offload_table(res.offload[-1:])[1][0])))
 
 def _can_be_written(path):
     from hlwq.core import ConfigError

@@ -83,7 +83,10 @@ def _batched(xr, rows, ids, packed, norms, book):
     if on_cpu(xr.device): return cpu.packed_matmul_experts(xr[rows], ids, packed, norms, book.centroids, book.bits)
     y = xr.new_empty(len(ids), packed.shape[1])
     for a,b in row_blocks(len(ids), packed.shape[1]*xr.shape[1], xr.device):        # pairs that may be dense at the same time
-        y[a:b] = torch.bmm(dense_experts(packed, norms, ids[a:b], book, xr.dtype), xr[rows[a:b], :, None])[..., 0]
+        w = dense_experts(packed, norms, ids[a:b], book, xr.dtype)
+        if xr.device.type != 'cpu': y[a:b] = torch.bmm(w, xr[rows[a:b], :, None])[..., 0]
+        else:                                                  # one by one: the sums of a CPU's bmm depend on how many there are
+            for s,v in zip(range(a, b), w): y[s] = v @ xr[rows[s]]
     return y
 
 WAYS = dict(eager=_eager, grouped_mm=_grouped, batched_mm=_batched)
@@ -103,16 +106,17 @@ def packed_expert_linear(
     norms:Tensor, # (E, out_features, n_blocks)
     book:Codebook, # on the same device
     way:str='grouped_mm', # "eager", "grouped_mm" or "batched_mm"
+    like:tuple=None, # (pairs, experts) to choose a kernel by, for a part of a call or a stack that holds more than one layer; by default what is there
 ) -> Tensor: # (S, out_features), dtype of x
     "Multiplies activations with the experts that they are routed to; no gradient flows"
     check_operands(x, packed, norms.shape[-1])
     if not len(ids): return x.new_empty(0, norms.shape[1])
     if x.device.type == 'cpu' and not (0 <= int(ids.min()) and int(ids.max()) < len(packed)):      # a GPU would have to be waited for
         raise ConfigError(f"experts: numbers from {int(ids.min())} to {int(ids.max())}, need 0 to {len(packed)-1}; check the router")
-    if tiled(packed): return _moe(packed).expert_matmul(x, rows, ids.long(), packed, norms, book)
+    if tiled(packed): return _moe(packed).expert_matmul(x, rows, ids.long(), packed, norms, book, like)
     xr, ids = rotate_fast(x), ids.long().contiguous()
     if x.device.type != 'cpu': xr = xr.to(x.dtype)
-    if on_cpu(x.device) and len(ids) <= 4*cpu.GEMV_MAX_ROWS: way = 'batched_mm'
+    if on_cpu(x.device) and (like[0] if like else len(ids)) <= 4*cpu.GEMV_MAX_ROWS: way = 'batched_mm'
     return WAYS[way](xr, rows, ids, packed, norms, book).to(x.dtype)
 
 # %% ../nbs/21_experts.ipynb #9bb111d9

@@ -6,7 +6,7 @@
 __all__ = ['as_transformers_expects', 'model_class', 'load_model']
 
 # %% ../nbs/22a_load.ipynb #11f0661d
-import json, re, tempfile
+import json, logging, re, tempfile
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -17,8 +17,12 @@ import transformers
 # %% ../nbs/22a_load.ipynb #c0fa54b2
 from .core import CheckpointError, ConfigError, UnsupportedError, human_bytes, listing
 from .checkpoint import CheckpointReader, verify_checkpoint
-from .hf import OPENED
+from .bank import HOSTS, bank_from_checkpoint
+from .cache_plan import STAGING, WORKSPACE, plan_cache
+from .cache_policy import POLICIES
+from .hf import APART, OPENED, show_experts
 from .linear import HLWQLinear, compiled
+from .offload import offload_experts
 from .packed_model import packed_parts
 
 # %% ../nbs/22a_load.ipynb #685be3b4
@@ -88,7 +92,7 @@ def _best_map(device_map, nbytes):
 def _insist(model, backend):
     "Raises UnsupportedError if a backend that was asked for does not serve every layer"
     if backend not in ('auto', 'compiled'): raise ConfigError(f"backend: {backend!r}, need 'auto' or 'compiled'; 'auto' takes the fastest there is")
-    slow = [n for n,m in packed_parts(model) if not compiled(m.packed.device)]
+    slow = [n for n,m in packed_parts(model) if not m.packed.is_meta and not compiled(m.packed.device)]
     if backend == 'compiled' and slow: raise UnsupportedError(f"backend 'compiled': not for {listing(slow)}, need layers on a CPU with llvmlite installed or on a GPU with triton; use backend='auto', or pip install llvmlite")
 
 def load_model(
@@ -99,25 +103,73 @@ def load_model(
     codebook:str='auto', # name of the codebook, for files that do not tell
     cache_dequantized:bool=False, # keep the dense weight of each linear layer after its first use, beside the codes: faster for prompts and where no kernel serves, slower than the CPU kernel for single tokens
     backend:str='auto', # "auto", or "compiled" to raise where the compiled kernel does not serve
+    expert_cache=None, # experts of each layer that stay on the device while the others are on the host: a number, "auto" for as many as fit, or None for all
+    host:str='auto', # where the others are: "pinned" or "pageable" memory, "mmap" for a file, "auto" by free memory
+    vram_gb:float=None, # with expert_cache: use no more memory of the device than this, in GB
+    policy:str='lru', # with expert_cache: which expert goes if another one is needed
+    bank_dir=None, # with expert_cache: folder for the file of "mmap"; by default that of the checkpoint
     **kwargs, # anything else that from_pretrained takes
 ):
     """Loads a quantized model for use, on packed weights.
 
     Raises CheckpointError for files that are damaged, missing, or not those of the model; ConfigError and UnsupportedError for requests that cannot be met. Nothing is filled with random numbers."""
+    apart = expert_cache is not None
+    _check_cache(expert_cache, host, vram_gb, policy, device_map)
     with CheckpointReader(path, codebook) as reader:
         _verify(reader.path, verify)
-        (folder, links), token = as_transformers_expects(reader), OPENED.set(reader)
+        if apart: _check_experts(reader, expert_cache, vram_gb)
+        if apart and device_map == 'auto': device_map = {'': torch.cuda.current_device()} if torch.cuda.is_available() else None
+        (folder, links), token, token_apart = as_transformers_expects(reader), OPENED.set(reader), APART.set(apart)
         try:
             config = kwargs.pop('config', None) or transformers.AutoConfig.from_pretrained(folder)
             model, info = model_class(config).from_pretrained(folder, config=config, dtype=dtype, device_map=_best_map(device_map, reader.source.nbytes), output_loading_info=True, **kwargs)
             if links and 'disk' in (getattr(model, 'hf_device_map', None) or {}).values(): _LINKS[model], links = links, None
         finally:
             OPENED.reset(token)
+            APART.reset(token_apart)
             if links: links.cleanup()
         _strict(model, info, reader)
+        if apart: _offload(model, reader, expert_cache, host, vram_gb, policy, bank_dir, verify == 'sha256')
     model.config.name_or_path = model.name_or_path = str(path)
     _insist(model, backend)
     if cache_dequantized:
         for m in model.modules():
             if isinstance(m, HLWQLinear): m.cached = True
     return model
+
+# %% ../nbs/22a_load.ipynb #f42158ae
+_EXPERT = re.compile(r'(.+?\.experts)\.(?:(\d+)\.|.*_e(\d+)$)')
+
+def _check_cache(expert_cache, host, vram_gb, policy, device_map):
+    "Raises ConfigError for a request that cannot be meant"
+    if expert_cache is None:
+        given = [n for n,v,usual in (('host', host, 'auto'), ('vram_gb', vram_gb, None), ('policy', policy, 'lru')) if v != usual]
+        if given: raise ConfigError(f"{listing(given)}: given without expert_cache, need it too; use expert_cache='auto'")
+        return
+    if expert_cache != 'auto' and (type(expert_cache) is not int or expert_cache < 1): raise ConfigError(f"expert_cache: {expert_cache!r}, need a whole number from 1, or 'auto' for as many as fit; 64 is a good one for layers of 256 experts")
+    if host not in HOSTS: raise ConfigError(f"host: {host!r}, need one of {', '.join(HOSTS)}; auto chooses by free memory")
+    if policy not in POLICIES or policy == 'pinned': raise ConfigError(f"policy: {policy!r}, need one of {', '.join(p for p in POLICIES if p != 'pinned')}; offload_experts takes pinned too, with a list of experts")
+    if vram_gb is not None and not vram_gb > 0: raise ConfigError(f"vram_gb: {vram_gb}, need more than 0; leave it out for all that is free")
+    if isinstance(device_map, dict) and len(set(device_map.values())) > 1: raise ConfigError(f"device_map: {len(set(device_map.values()))} devices with expert_cache, need one; leave device_map out")
+
+def _check_experts(reader, expert_cache, vram_gb):
+    "Raises before any work if there are no experts, or if memory cannot do"
+    of = {n:m for n in reader.matrices if not n.startswith('mtp.') and (m := _EXPERT.match(n))}
+    if not of: raise ConfigError(f"{reader.path}: no packed experts, need a mixture of experts for expert_cache; load it without")
+    if vram_gb is None: return
+    nbytes, experts, layers = sum(reader.matrices[n].nbytes for n in of), {(m[1], m[2] or m[3]) for m in of.values()}, {m[1] for m in of.values()}
+    one, rest = nbytes/len(experts), reader.source.nbytes - nbytes
+    c = 1 if expert_cache == 'auto' else min(expert_cache, len(experts)//len(layers))
+    need = rest + WORKSPACE + one*(c*len(layers) + min(STAGING, len(experts)//len(layers)))
+    if need > vram_gb*1e9: raise ConfigError(f"vram_gb: {vram_gb}, need {need/1e9:.1f} for {human_bytes(rest)} of other weights, {c} expert{'s'*(c > 1)} in each of {len(layers)} layers, and room to work; " + ('use a larger one' if c == 1 else 'use a smaller expert_cache'))
+
+def _offload(model, reader, expert_cache, host, vram_gb, policy, bank_dir, check):
+    "Fills the bank and gives a model its slots; model.offload_plan says what was chosen"
+    from hlwq.generate import cache_bytes
+    show_experts(model)
+    c = model.config.get_text_config(decoder=True)
+    bank = bank_from_checkpoint(reader, model.hf_quantizer.targets, host, model.device, bank_dir, check=check)
+    plan = plan_cache(bank, expert_cache, model.device, getattr(c, 'num_experts_per_tok', None) or 1, WORKSPACE + cache_bytes(model.config, 1, 4096, model.dtype), vram_gb)
+    offload_experts(model, plan.slots, policy, bank)
+    model.__dict__['offload_plan'] = plan
+    logging.getLogger('hlwq').info('%r', plan)

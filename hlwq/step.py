@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .core import UnsupportedError
 from .linear import HLWQLinear, bits_norm, book_on, gpu_kernels, replace_data_, tiled
 
-# %% ../nbs/25_step.ipynb #836e9b07
+# %% ../nbs/25_step.ipynb #d2f07be3
 class Joined:
     "Several projections of one vector as one product; the layers keep views of the joined weight, so that memory stays the same"
     def __init__(self,
@@ -29,12 +29,20 @@ class Joined:
 
 def _merge(params): # one tensor, of which each parameter becomes a part
     if len(params) == 1: return params[0].data
+    if (whole := _merged(params)) is not None: return whole
     whole, at = torch.cat([p.data for p in params]), 0
     for p in params:
         part = whole[at:at+len(p)]
         replace_data_(p, lambda _: part)
         at += len(part)
     return whole
+
+def _merged(params): # the tensor of which they are parts already, because somebody else joined them; None otherwise
+    first, at = params[0].data, params[0].data_ptr()
+    for p in params:
+        if p.data_ptr() != at or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or not p.is_contiguous(): return
+        at += p.nbytes
+    return first.as_strided((sum(map(len, params)), *first.shape[1:]), first.stride())
 
 THIN_MAX_FEATURES = 512                                        # up to so many rows, matrices of 16 bits need not be joined: one kernel reads several
 
@@ -83,7 +91,7 @@ class NormStep:
         from hlwq.kernels.norms import add_rms_norm
         return add_rms_norm(x, self.norm.weight, self.eps, residual, extra, gate, self.centered)
 
-# %% ../nbs/25_step.ipynb #5b4437e3
+# %% ../nbs/25_step.ipynb #29ba580a
 class AttentionStep:
     "Attention of one token: projections, norms and rotary embedding with the append, attention over the cache, gate, projection"
     def __init__(self, m):
@@ -94,15 +102,28 @@ class AttentionStep:
         self.joined = [self.qkv, self.out]
 
     def __call__(self, x, b):
-        from hlwq.kernels.attention import decode_attention
-        from hlwq.kernels.norms import rope_append, sigmoid_mul
+        from hlwq.kernels.norms import sigmoid_mul
         layer, d = b.cache.layers[self.index], self.head_dim
         q,k,v = (o.unflatten(-1, (-1, d*n)) for o,n in zip(self.qkv(x), (1 + self.gated, 1, 1)))
-        weights = [None if o is None else o.weight for o in self.norms]
-        r = rope_append(q[..., :d], k, v, b.cos, b.sin, layer.keys, layer.values, b.slot, *weights, self.eps, self.centered)
-        y = decode_attention(r, layer.keys, layer.values, b.count, b.start, self.scale, settled=True)
+        y = (self.over_codes if hasattr(layer, 'halves') else self.over_keys)(q[..., :d], k, v, layer, b)
         if self.gated: y = sigmoid_mul(y, q[..., d:])
         return self.out(y.flatten(1))[0]
+
+    def turned(self, q, k, v, b, *where): # the query, after norms and rotation; key and value go to a place in a cache
+        from hlwq.kernels.norms import rope_append
+        return rope_append(q, k, v, b.cos, b.sin, *where, *(None if o is None else o.weight for o in self.norms), self.eps, self.centered)
+
+    def over_keys(self, q, k, v, layer, b):
+        from hlwq.kernels.attention import decode_attention
+        r = self.turned(q, k, v, b, layer.keys, layer.values, b.slot)
+        return decode_attention(r, layer.keys, layer.values, b.count, b.start, self.scale, settled=True)
+
+    def over_codes(self, q, k, v, layer, b):
+        from hlwq.kernels.kv_attention import kv_append, kv_attention
+        one, two = (o.new_empty(*o.shape[:2], 1, self.head_dim) for o in (k, v))    # a cache of one token: the kernel that turns a key also puts it somewhere
+        r = self.turned(q, k, v, b, one, two, b.zero)
+        kv_append(one[:, :, 0], two[:, :, 0], layer.halves, b.count, b.least, layer.query_rms)
+        return kv_attention(r, layer.halves, b.count, b.start, self.scale, b.least)
 
 # %% ../nbs/25_step.ipynb #0547593f
 class DeltaNetStep:
@@ -138,24 +159,32 @@ class DenseStep:
 class ExpertsStep:
     "Experts of one token: router, experts, and a shared expert whose gate the next norm applies"
     def __init__(self, m):
-        self.experts, self.top_k, self.normalize = m.experts, m.gate.top_k, getattr(m.gate, 'norm_topk_prob', True)
+        self.block, self.top_k, self.normalize = m, m.gate.top_k, getattr(m.gate, 'norm_topk_prob', True)
         self.wide_weights = type(m.gate).__name__ == 'MixtralTopKRouter'            # the only one that leaves them in float32
         self.shared = DenseStep(m.shared_expert) if hasattr(m, 'shared_expert') else None
         self.router, self.gate = m.gate, getattr(m, 'shared_expert_gate', None)
         self.joined = self.shared.joined if self.shared else []
 
+    @property
+    def experts(self): return self.block.experts               # they may have been replaced meanwhile
+
+    def both(self, x, ids, weights): # experts and shared expert; experts that come from the host are on their way first
+        if not self.shared: return self.experts(x, ids, weights), None
+        if not hasattr(self.experts, 'fetch'): return self.experts(x, ids, weights), self.shared.product(x)
+        self.experts.fetch(ids)
+        shared = self.shared.product(x)
+        return self.experts(x, ids, weights), shared
+
     def __call__(self, x, b):
         from hlwq.kernels.router import route_from_hidden
         if len(x) > 8: return self.many(x)
         weights, ids, gate = route_from_hidden(x, self.router.weight, self.top_k, self.normalize, torch.float32 if self.wide_weights else x.dtype, None if self.gate is None else self.gate.weight, b.counter)
-        y = self.experts(x, ids, weights)
-        return (y, self.shared.product(x), gate) if self.shared else (y, None, None)
+        return *self.both(x, ids, weights), gate if self.shared else None
 
     def many(self, x): # tokens of a prompt
         from hlwq.kernels.router import route
         weights, ids = route(nn.functional.linear(x, self.router.weight), self.top_k, self.normalize, torch.float32 if self.wide_weights else x.dtype)
-        y = self.experts(x, ids, weights)
-        return (y, self.shared.product(x), self.gate(x)) if self.shared else (y, None, None)
+        return *self.both(x, ids, weights), self.gate(x) if self.shared else None
 
 # %% ../nbs/25_step.ipynb #a099d633
 def decoder_of(

@@ -6,6 +6,7 @@ import hlwq.bench as bench
 from common import ROOT,python
 from hlwq.bench import *
 from hlwq.bench_decode import *
+from hlwq.bench_kv import *
 from hlwq.cli import main
 from hlwq.core import ConfigError,UnsupportedError
 
@@ -65,7 +66,7 @@ def test_refused_on_wrong_machines(monkeypatch):
     with pytest.raises(UnsupportedError, match='triton is not installed, need 3.2'): require_gpu()
 
 @no_gpu
-@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize or decode'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
+@pytest.mark.parametrize('line,needle', [('kernels','no CUDA device'), ('quantize --bits 5','no CUDA device'), ('kernel','need kernels, quantize, decode or kv'), ('kernels --shape 12','4096x4096'), ('kernels --bits 9','bits'), ('kernels --rows 0','rows'),
     ('quantize --rows 8','bench quantize'), ('quantize --shape 8x8','bench quantize'), ('quantize --json nowhere/x.json','nowhere/x.json'), ('kernels --json .','cannot be written'), ('','hlwq bench --help'),
     ('decode','no CUDA device'), ('decode --model qwen3.6,llama --bits 5,4,bf16 --rows 1,8 --context 128,8192 --new 128 --layers 4','no CUDA device'), ('decode --model qwen3','fits Qwen3.6-35B-A3B, Qwen3-30B-A3B, Qwen3-8B, need one of'),
     ('decode --model ""','fits Qwen3.6'), ('decode --bits 7','need one of 2, 3, 4, 5, 6, 8'), ('decode --bits fp8','and bf16'), ('decode --rows 0','rows'), ('decode --context some','context'), ('decode --new 1','new: 1'), ('decode --layers 0','layers: 0'),
@@ -408,3 +409,77 @@ else: raise AssertionError('nothing was refused')
     assert all(not p['failed'] and p['gpu']['torch'] and p['ceilings'] == LIMITS for p in r['parts'].values())
     assert page.count('## ') == 2 and page.count('Measured ') == 3 and '`python benchmarks/decode.py --only qwen3-8b --bits 4 --write`' in page and 'FAILED' not in page and '| Qwen3-8B | 4 bits | kernels (not fused) | 2 | 7 |' in page
     assert ' bits: ' not in out.partition('==')[0] and page.strip() in out and all(l.count('|') == 14 for l in page.splitlines() if l.startswith('|'))
+
+# --- caches of codes
+
+def kv_row(context=32_768, us=20., heads=(16, 2, 256)): return dict(zip(('heads','kv_heads','head_dim'), heads)) | dict(context=context, notes=['flash: no'], us=dict(K4V4=us, K2V2=us/2), error=dict(K4V4=.003), nbytes=dict(K4V4=10**7), floor_us=dict(K4V4=5., K2V2=3.),
+    plain=dict(cudnn=30., flash=None, ours16=31.), best_us=30., ratio=dict(K4V4=30/us, K2V2=60/us))
+
+def test_kv_tables():
+    r = KVResult('hlwq bench kv', dict(gpu='NVIDIA H100'), LIMITS, [kv_row()], [dict(kv_heads=2, head_dim=256, bits=[4,4], layers=10, token_us=2., block_us=66., mean_us=2.5)],
+        [dict(context=8192, bits=None, predicted=10**9, tensors=10**9, measured=10**9, layers=10), dict(context=8192, bits=[4,4], predicted=25*10**7, tensors=25*10**7, measured=26*10**7, layers=10)],
+        [dict(bits=[3,2], context=32768, new=128, step='kernels, recorded', no_kernels='', tokens_per_second=300., first_ms=900., peak_bytes=10**10, weights=1, capacity=33024, predicted=10**8, measured=101*10**6)], ['append: broken'])
+    words = [w for _,rows in r.tables() for row in rows for w in row]
+    assert {'20.0 (1.50x)','10.0 (3.00x)','2.50','1/4.00','K3V2','kernels, recorded'} <= set(words) and '260.00 MB (+4.00 %)' in words and '101.00 MB (+1.00 %)' in words
+    assert any('flash: no' in n for n in r.notes()) and 'FAILED append: broken' in r.notes() and KVResult(**json.loads(json.dumps(r.to_json()))).tables() == r.tables()
+
+def test_kv_figure():
+    import matplotlib.pyplot as plt
+    fig = plot_kv_speed([kv_row(1024, 20.), kv_row(8192, 25.), kv_row(1024, 20., (32,8,128))])
+    assert [ax.get_title() for ax in fig.axes] == ['16 heads on 2 of 256','32 heads on 8 of 128'] and all(ax.get_ylabel() == 'µs' and ax.get_xlabel() == 'tokens' for ax in fig.axes)
+    plt.close(fig)
+
+def test_kv_command_writes(capsys, tmp_path, monkeypatch):
+    asked = {}
+    def run(command, progress, **kw):
+        asked.update(kw)
+        progress('attention', kv_row())
+        return KVResult(command, machine(), LIMITS, [kv_row()], failed=['some: failed'])
+    monkeypatch.setattr(sys.modules['hlwq.bench_kv'], 'run_kv', run)
+    line = 'hlwq bench kv --bits 4,K3V2,q3 --context 1024,8192'
+    assert main([*line.split()[1:],'--json',str(tmp_path/'r.json')]) == 0
+    assert asked == dict(widths=[(4,4),(3,2),(3,3)], contexts=[1024,8192], parts=('attention',))
+    out,err = capsys.readouterr()
+    assert 'cuDNN, µs' in out and 'FAILED some: failed' in out and err.startswith('hlwq: 16/2 x 256')
+    assert KVResult(**json.loads((tmp_path/'r.json').read_text())).command == line
+    asked.clear()
+    assert main(['bench','kv','--quiet']) == 0 and asked == {}
+
+def test_kv_parts():
+    with pytest.raises(UnsupportedError): run_kv('')
+    assert [p for p,_ in kv_cases(['append','model'], [(4,4)])] == ['append','append','model','model']
+
+def test_kv_script(tmp_path):
+    "benchmarks/kv_speed.py from one end to the other: small cases, in the simulation; a wrong kernel is not timed"
+    whole(f'''
+from pathlib import Path
+from hlwq import bench_kv
+import common, kv_speed
+common.RESULTS = Path({str(tmp_path)!r})
+bench_kv.DEVICE, bench_kv.graph_seconds, bench.ceilings = 'cpu', clock, lambda: limits
+bench_kv.n_sets = lambda nbytes: 2
+bench_kv.KV_SHAPES, bench_kv.KV_MEMORY = ((4, 2, 32),), (600, 3000)
+bench_kv.kv_cases.__defaults__ = (((4, 4), (3, 2)), (300,))
+bench_kv.MODEL_SIZES = dict(layers=4)
+kv_speed.MODEL = dict(context=270, new=3, repeat=1)
+assert len(kv_speed.share_cases(['attention', 'append', 'memory', 'model'])) == 2 + 2 + 3
+for i in range(2): kv_speed.check_share(['attention', 'append'], f'{{i}}/2')
+sys.argv = ['kv_speed.py', '--write']
+kv_speed.main()
+sys.argv = ['kv_speed.py', '--write', '--only', 'memory']
+kv_speed.main()
+import hlwq.kernels.kv_attention as K
+right = K.kv_attention
+K.kv_attention = lambda *a, **k: right(*a, **k)*1.05
+try: bench_kv.attention_row((4, 2, 32), 300)
+except Exception as e: assert 'it was not timed' in str(e), e
+else: raise SystemExit('a wrong kernel was timed')
+''')
+    r,page = json.loads((tmp_path/'kv-speed.json').read_text()),(tmp_path/'kv-speed.md').read_text()
+    assert not r['failed'] and {k:len(v) for k,v in r['parts'].items()} == dict(attention=1, append=2, memory=6, model=3)
+    a = r['parts']['attention'][0]
+    assert a['plain']['ours16'] > 0 and set(a['us']) == {'K4V4','K3V2'} and all(0 < e < .01 for e in a['error'].values()) and ('K4V4' in a['ratio']) == (a['best_us'] is not None)
+    assert all(m['predicted'] == m['tensors'] and m['measured'] is None for m in r['parts']['memory'])
+    assert [m['bits'] for m in r['parts']['model']] == [None,[4,4],[3,2]] and all(m['predicted'] > 0 and m['tokens_per_second'] > 0 for m in r['parts']['model'])
+    assert '## Append: one token' in page and 'FAILED' not in page and list(r['parts']) == ['attention','append','memory','model']
+    assert page.count('`python benchmarks/kv_speed.py --write`') == 3 and page.count('`python benchmarks/kv_speed.py --write --only memory`') == 1

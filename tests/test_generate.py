@@ -14,6 +14,7 @@ from hlwq.buffers import *
 from hlwq.generate import *
 from hlwq.generate import _written
 from hlwq.load import load_model
+from hlwq.prompts import *
 from hlwq.sampling import *
 from kit import EXPERTS,SIZES,complete,quantized
 
@@ -149,7 +150,7 @@ def test_chunks_have_the_same_logits():
 @pytest.mark.parametrize('doubling', [False, True])
 def test_wider_keys_on_the_way(doubling, monkeypatch):
     "On a GPU the step sees 256 keys, past them 512; elsewhere the width follows in steps of 64. Buffers that are kept serve short texts after long ones"
-    if doubling: monkeypatch.setattr(Buffers, 'width_for', lambda b, n, real=Buffers.width_for: real(SimpleNamespace(own=True, capacity=b.capacity, device=torch.device('cuda')), n))
+    if doubling: monkeypatch.setattr(Buffers, 'width_for', lambda b, n, real=Buffers.width_for: real(SimpleNamespace(own=True, coded=[], capacity=b.capacity, device=torch.device('cuda')), n))
     model = model_of('llama', max_position_embeddings=2048)
     g,seen = HLWQGenerator(model, 64),[]
     step = g._step
@@ -470,11 +471,19 @@ def pretend(monkeypatch):
         b = buffers(self, rows, needed, cache)
         b.device = SimpleNamespace(type='cuda')
         return b
+    def record_prompt(self, b, start, padded, inputs):
+        held,flags = [o.clone() for o in inputs],[dict(o) for o in linear_flags(b.cache)]
+        logits = torch.full((len(held[0]), model_of('llama').config.vocab_size), torch.nan)
+        def replay():
+            for o,was in zip(linear_flags(b.cache), flags): o.update(was)
+            logits.copy_(self._run(b, start, padded, *held))
+        return SimpleNamespace(replay=replay),held,logits
     def record(self, b, key):
         b.graphs[key],self.capture_seconds = SimpleNamespace(replay=lambda: self._step(b)),.1
-    monkeypatch.setattr(HLWQGenerator, '_buffers', as_cuda); monkeypatch.setattr(HLWQGenerator, '_record', record)
+    monkeypatch.setattr(HLWQGenerator, '_buffers', as_cuda); monkeypatch.setattr(HLWQGenerator, '_record', record); monkeypatch.setattr(RecordedPrompts, '_record', record_prompt)
     monkeypatch.setattr(sys.modules['hlwq.generate'], 'why_no_kernels', lambda device: '')
-    for name,f in dict(Stream=Stream, stream=lambda s: s, current_stream=lambda: now[0], set_stream=lambda s: now.__setitem__(0, s), synchronize=lambda device: None).items(): monkeypatch.setattr(torch.cuda, name, f)
+    for name,f in dict(Stream=Stream, stream=lambda s: s, current_stream=lambda: now[0], set_stream=lambda s: now.__setitem__(0, s), synchronize=lambda device: None,
+        reset_peak_memory_stats=lambda device: None, memory_allocated=lambda device: 0, max_memory_allocated=lambda device: 1, mem_get_info=lambda device: (1 << 40, 1 << 40)).items(): monkeypatch.setattr(torch.cuda, name, f)
     return now
 
 class TheirStep: # has the interface of DecodeStep and computes with transformers
@@ -502,6 +511,23 @@ def test_recorded(pretend, kernels):
     if kernels: plain.step = TheirStep(plain)
     plain(ids, 20, **ask)
     assert plain.report.step == what
+
+def test_recorded_prompts(pretend, monkeypatch):
+    "From the second prompt of a length on a recording reads it; lengths are rounded up by padding where the model has room for it"
+    monkeypatch.setattr(HLWQGenerator, '_padding', lambda self, n, more, cache: padded_length(n, 32)-n if n+more < 100 else 0)
+    model = copy.deepcopy(model_of('llama'))
+    g = HLWQGenerator(model, prefill_chunk=32)
+    g.step = TheirStep(g)
+    for n,new,replayed in ((5, 4, False), (9, 4, True), (16, 4, False), (7, 3, True), (40, 4, False), (36, 9, True), (20, 4, True), (96, 8, False), (96, 8, True)):
+        ids = torch.randint(0, 64, (2, n), generator=torch.Generator().manual_seed(n))
+        out = g(ids, new, attention_mask=torch.ones_like(ids), eos_token_id=[])
+        assert torch.equal(out, theirs(model, ids, new=new, eos_token_id=[])) and torch.equal(out[:, :n], ids)
+        assert g.buffers.prompts.replayed == replayed and g.report.prompt_tokens == 2*n, n
+    kept = g.buffers.prompts.kept
+    assert len(kept) == 7 and sum(isinstance(o, tuple) for o in kept.values()) == 6
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())      # moved
+    g(ids, 1, attention_mask=torch.ones_like(ids), eos_token_id=[])
+    assert len(g.buffers.prompts.kept) == 3 and not g.buffers.prompts.replayed
 
 def test_why_no_kernels(pretend, monkeypatch):
     model = model_of('qwen3_next')

@@ -140,11 +140,15 @@ def test_wrong_results_are_found_out(monkeypatch):
     with pytest.raises(UnsupportedError, match='HLWQ_KERNELS=off'): gemm.matmul(activations(1, 128), tiles, norms, book)
     assert not gemm.CHECKED
 
+def experts(E, out, width, bits, seed=0):
+    "A stack of E matrices"
+    s = [matrix(out, width, bits, seed=seed + e) for e in range(E)]
+    return torch.stack([w[0] for w in s]), torch.stack([w[1] for w in s]), s[0][2]
+
 @pytest.mark.parametrize('topk', (1, 2))
 def test_experts(topk, poisoned):
     E, hidden, inner, T = 3, 64, 24, 2
-    up, down = ([matrix(*shape, 5, seed=e) for e in range(E)] for shape in ((2*inner, hidden), (hidden, inner)))
-    up, down = ((torch.stack([w[0] for w in s]), torch.stack([w[1] for w in s]), s[0][2]) for s in (up, down))
+    up, down = experts(E, 2*inner, hidden, 5), experts(E, hidden, inner, 5)
     x, weights = activations(T, hidden), torch.rand(T, topk).to(device)
     ids = torch.stack([torch.randperm(E)[:topk] for _ in range(T)]).to(device)
     rows = torch.arange(T*topk, device=device)//topk
@@ -155,12 +159,41 @@ def test_experts(topk, poisoned):
 
 def test_parts_hold_every_pair():
     g = torch.Generator().manual_seed(0)
-    for S,E,size in ((1, 1, 8), (7, 3, 2), (40, 5, 8), (64, 100, 8), (33, 2, 16)):
+    for S,E,size,topk in ((1, 1, 8, 1), (7, 3, 2, 1), (40, 5, 8, 4), (64, 100, 8, 2), (33, 2, 16, 3), (300, 5, 32, 8)):
         ids = torch.randint(0, E, (S,), generator=g).to(device)
-        place, pair, expert = moe.expert_parts(ids, E, size)
-        assert len(pair) == len(expert)*size and torch.equal(pair[place], torch.arange(S, device=device)) and int((pair >= 0).sum()) == S
+        place, row, expert = moe.expert_parts(ids, E, size, topk)
+        want = moe.expert_parts_ref(ids, E, size)
+        assert torch.equal(place, want[0]) and torch.equal(expert, want[2]) and torch.equal(row, torch.where(want[1] < 0, -1, want[1]//topk))
+        assert len(row) == len(expert)*size and torch.equal(row[place], torch.arange(S, device=device)//topk) and int((row >= 0).sum()) == S
         held = expert.repeat_interleave(size)
-        assert torch.equal(held[place], ids) and (pair[held < 0] == -1).all()
+        assert torch.equal(held[place], ids) and (row[held < 0] == -1).all()
+        place, row, _, ends = moe._sorted(ids, E, 1, topk, S, 0)                # without parts: experts one after the other
+        assert torch.equal(ids[place.argsort()], ids.sort()[0]) and torch.equal(row, ids.argsort(stable=True)//topk) and torch.equal(ends.long(), ids.bincount(minlength=E).cumsum(0))
+
+def test_experts_that_do_not_exist_are_nowhere():
+    "Their pairs have no place, those of others keep theirs, and what would have come from them is NaN"
+    ids = torch.tensor([2, 9, 0, -1, 2, 5], device=device)
+    place, row, expert = moe.expert_parts(ids, 6, 2)
+    assert place.tolist() == [2, -1, 0, -1, 3, 4] and expert.tolist()[:4] == [0, 2, 5, -1] and row.tolist()[:6] == [2, -1, 0, 4, 5, -1]
+    row = moe._sorted(ids, 6, 1, 1, len(ids), 0)[1]
+    assert row.tolist() == [2, 0, 4, 5, 0, 0]
+    up, down = experts(3, 16, 128, 4, 1), experts(3, 16, 8, 4, 2)
+    x, ids, weights = activations(17, 128), torch.randint(0, 3, (17, 2), generator=torch.Generator().manual_seed(0)).to(device), torch.rand(17, 2).to(device)
+    y, wrong = moe.expert_layer(x, ids, weights, up, down), ids.clone()
+    wrong[7, 1] = 3
+    z = moe.expert_layer(x, wrong, weights, up, down)
+    assert z[7].isnan().all() and torch.equal(z[:7], y[:7]) and torch.equal(z[8:], y[8:])
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16, torch.float32))
+def test_gathered_sums(dtype):
+    "As exact as sums in float64 that are rounded once"
+    g = torch.Generator().manual_seed(0)
+    for T,topk,width in ((1, 1, 8), (3, 8, 100), (5, 2, 2048)):
+        y, place = torch.randn(T*topk + 4, width, generator=g).to(device, dtype), torch.randperm(T*topk + 4, generator=g)[:T*topk].to(device)
+        for weights in (None, torch.rand(T*topk, generator=g).to(device), torch.rand(T*topk, generator=g).to(device, dtype)):
+            got, exact = moe.gather_sum(y, place, topk, weights), (y.double()[place]*(1 if weights is None else weights.double()[:, None])).view(T, topk, width).sum(1)
+            assert got.dtype == dtype and error(got, exact) <= 1.01*error(exact.to(dtype), exact) + 1e-7
+            assert error(moe.gather_sum_ref(y, place, topk, weights), exact) <= 1.01*error(exact.to(dtype), exact) + 1e-7
 
 @pytest.mark.skipif(not GPU, reason='needs a GPU')
 def test_graph_replay_is_eager():

@@ -18,7 +18,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
        'kernels.gemv':'core lloyd_max kernels.cpu kernels.layout kernels.quantize kernels.lanes',
        'kernels.gemm':'core lloyd_max quantize kernels.layout kernels.quantize kernels.lanes kernels.gemv',
        'kernels.norms':'core kernels.layout kernels.quantize kernels.lanes',
-       'kernels.moe':'core lloyd_max kernels.quantize kernels.gemv kernels.gemm kernels.norms',
+       'kernels.moe':'core lloyd_max kernels.layout kernels.lanes kernels.quantize kernels.gemv kernels.gemm kernels.norms',
        'kernels.router':'core kernels.layout kernels.quantize kernels.lanes kernels.norms',
        'kernels.attention':'core kernels.layout kernels.quantize kernels.lanes',
        'kernels.deltanet':'core kernels.layout kernels.lanes kernels.quantize',
@@ -28,30 +28,40 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     checkpoint='core hadamard lloyd_max packing quantize source',
     convert='core kernels.quantize lloyd_max quantize source recipe checkpoint',
     evaluate='core hadamard lloyd_max packing quantize source recipe checkpoint convert',
+    groups='core quantize',
+    export_ct='core quantize source recipe checkpoint convert groups',
     linear='core hadamard kernels.cpu kernels.gemm kernels.layout lloyd_max packing quantize',
     experts='core hadamard kernels.cpu kernels.moe linear lloyd_max quantize',
     packed_model='core checkpoint experts kernels.cpu linear lloyd_max quantize',
     hf='core checkpoint convert linear lloyd_max packed_model quantize recipe source',
-    load='core checkpoint hf linear packed_model',
+    bank='core checkpoint experts kernels.layout linear packed_model',
     sampling='core',
-    buffers='core',
-    step='core linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.norms kernels.router',
-    generate='buffers core linear sampling step',
     kv_codec='core hadamard lloyd_max packing quantize',
     **{'kernels.kv_attention':'core kv_codec lloyd_max kernels.attention kernels.lanes kernels.layout kernels.quantize'},
     kv_cache='core kv_codec kernels.kv_attention',
+    buffers='core kv_cache',
+    step='core linear kernels.attention kernels.deltanet kernels.deltanet_prompt kernels.kv_attention kernels.norms kernels.router',
+    prompts='buffers core',
+    generate='buffers core kernels.kv_attention kv_cache linear prompts sampling step',
+    custom_generate='core generate',
     cache_policy='core',
     cache_sim='core cache_policy',
+    **{'kernels.slots':'core kernels.layout kernels.lanes'},
+    offload='core bank cache_policy cache_sim experts kernels.moe kernels.slots linear quantize',
+    cache_plan='bank cache_sim core',
+    load='bank cache_plan cache_policy core checkpoint generate hf linear offload packed_model',
     vllm='core experts linear lloyd_max',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model screen',
+    bench_kv='bench bench_decode core evaluate generate kernels.attention kernels.kv_attention kv_cache screen',
+    bench_offload='bank bench bench_decode cache_plan cache_sim core experts generate linear offload quantize',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode cache_sim',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv bench_offload cache_sim export_ct kv_cache',
 ).items()}
 
-LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite'}   # heavy or optional: imported inside the function that needs them
+LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
 USERS = {'evaluate','demo','cli','hf','load','kv_cache'}    # what runs a model or draws it may use transformers and matplotlib as it likes
 
 def absolute(node, name):
@@ -113,7 +123,7 @@ BLOCK = '''
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
+        if name.split('.')[0] in ('transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'): raise ModuleNotFoundError(f'{name} is blocked', name=name)
 sys.meta_path.insert(0, Blocked())
 '''
 

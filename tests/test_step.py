@@ -9,7 +9,7 @@ from torch import nn
 from hlwq.buffers import Buffers
 from hlwq import linear as linear_module, step as step_module
 from hlwq.core import ConfigError,UnsupportedError
-from hlwq.generate import HLWQGenerator
+from hlwq.generate import HLWQGenerator,addresses
 from hlwq.kernels import layout
 from hlwq.linear import HLWQLinear
 from hlwq.quantize import quantize
@@ -158,6 +158,18 @@ def test_joined_dense_layers_are_saved(tmp_path, monkeypatch):
     again = type(model).from_pretrained(tmp_path).state_dict()
     assert before.keys() == again.keys() and all(torch.equal(before[k], again[k]) for k in before)
 
+def test_joined_once(as_gpu, monkeypatch):
+    "A second generator finds the weights of the first where they are, and moves nothing"
+    monkeypatch.setattr(step_module, 'THIN_MAX_FEATURES', 0)
+    for kind in (TINY, 'llama'):
+        model = copy.deepcopy(model_of(kind)).to(device)
+        a = DecodeStep(model)
+        where = addresses(model)
+        b = DecodeStep(model)
+        assert addresses(model) == where and any(o.parts and len(o.layers) > 1 for o in a.joined)
+        for x,y in zip(a.joined, b.joined):
+            if x.parts: assert all(p.data_ptr() == q.data_ptr() and torch.equal(p, q) for p,q in zip(x.parts, y.parts))
+
 def test_unknown_parts_are_named():
     model = copy.deepcopy(model_of('llama'))
     model.model.layers[1].mlp.act_fn = nn.GELU()
@@ -185,9 +197,31 @@ def test_recorded_is_eager(kind, kernels, dtype, monkeypatch):
         for _ in range(2):
             tokens = g(ids, 100, attention_mask=mask, eos_token_id=[])
             assert g.buffers.fused == kernels and (g.report.capture_seconds is None or g.report.capture_seconds < 5)
-            assert g.report.step == ('kernels' if kernels else 'transformers') + ', recorded'*graphs and g.report.no_kernels == ''
+            recorded = graphs and not (kind in ('qwen3_moe', 'qwen3_5_moe_text') and dtype == torch.float32)    # the dense experts of transformers ask the host then
+            assert g.report.step == ('kernels' if kernels else 'transformers') + ', recorded'*recorded and g.report.no_kernels == ''
             res.append((tokens, g.buffers.all.clone())); g.buffers.all.zero_()
     for tokens,logits in res[1:]: assert torch.equal(tokens, res[0][0]) and torch.equal(logits, res[0][1])
+
+@pytest.mark.skipif(not GPU, reason='needs a GPU')
+@pytest.mark.parametrize('kind', ('llama', 'qwen3_moe', 'qwen3_5_moe_text', TINY))
+def test_recorded_prompts(kind, monkeypatch):
+    "Read, recorded and replayed give the same bits; in between come prompts of other lengths"
+    seen,prefill = [],HLWQGenerator._prefill
+    def noting(self, *args):
+        logits = prefill(self, *args)
+        seen.append(logits.clone())
+        return logits
+    monkeypatch.setattr(HLWQGenerator, '_prefill', noting)
+    model = copy.deepcopy(model_of(kind)).to(device, torch.bfloat16)
+    plain,recorded = HLWQGenerator(model, prefill_chunk=48, use_graphs=False),HLWQGenerator(model, prefill_chunk=48)
+    vocab = model.config.get_text_config().vocab_size
+    texts = [torch.randint(0, vocab, (2, n), device=device, generator=torch.Generator(device).manual_seed(i)) for i,n in enumerate((16, 40, 13, 60, 38, 16, 15, 58, 37))]
+    for i,ids in enumerate([*texts, *texts]):
+        mask = torch.ones_like(ids)
+        if i % 2: mask[0, :3] = 0
+        (a, x),(b, y) = ((g(ids, 12, attention_mask=mask, eos_token_id=[]), seen.pop()) for g in (plain, recorded))
+        assert torch.equal(a, b) and torch.equal(x, y) and torch.equal(a[:, :ids.shape[1]], ids) and x.isfinite().all()
+    assert any(isinstance(o, tuple) for o in recorded.buffers.prompts.kept.values()) and recorded.buffers.prompts.replayed and not plain.buffers.prompts.kept
 
 @pytest.mark.skipif(not GPU, reason='needs a GPU')
 def test_recorded_draws_follow_the_seed():
@@ -218,6 +252,6 @@ def test_memory_is_given_back():
     want = g(ids, 30, eos_token_id=[])
     g.buffers = None
     before = torch.cuda.memory_allocated(device)
-    with pytest.raises(ConfigError, match='cuda:0: out of memory for 1 row of 1,000,000,256 tokens, need 2.05 TB'): g(ids, 10**9, eos_token_id=[])
-    assert torch.cuda.memory_allocated(device) == before and g.buffers is None
+    with pytest.raises(ConfigError, match='cuda:0: out of memory for 1 row of 1,000,000,256 tokens, need 1.02 TB'): g(ids, 10**9, eos_token_id=[])
+    assert torch.cuda.memory_allocated(device) <= before + 4096 and g.buffers is None         # a flag for each token of the prompt may live on in the traceback
     assert torch.equal(g(ids, 30, eos_token_id=[]), want)

@@ -145,9 +145,9 @@ def launch_small(xf, tiles, norms, book, out, experts, M, rows, shape, nt, group
     "Starts the kernel, for one matrix or for experts"
     *_, n, nb, bits, _, _ = tiles.shape
     w, wk = shape or small_shape(nb)
-    early = early_start(xf.device)
-    with on_device(xf.device):
-        _small_kernel[(ceil(n/(w//wk)), len(experts) if grouped else ceil(M/(8*nt)))](xf, tiles.view(torch.int64), norms, _pair_table(book, xf.device, xf.dtype), out, experts, M, rows, n*nb*bits*32, rows*nb,
+    early, words = early_start(xf.device), tiles.view(torch.int64)
+    with on_device(xf.device):                                 # a stack may have gaps between its experts
+        _small_kernel[(ceil(n/(w//wk)), len(experts) if grouped else ceil(M/(8*nt)))](xf, words, norms, _pair_table(book, xf.device, xf.dtype), out, experts, M, rows, words.stride(0), norms.stride(0),
             NB=nb, BITS=bits, W=w, WK=wk, NT=nt, GROUPED=grouped, EARLY=early, DT=TL_DTYPE[xf.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))
 
 # %% ../../nbs/13_gemm.ipynb #f5fef35b

@@ -332,7 +332,7 @@ def launch_gemv(x, tiles, norms, book, out, ids, weights, rows, K, shape, mode, 
     *_, n, nb, bits, _, _ = tiles.shape
     w, wk, t, *asked = shape
     pairs = asked[0] if asked else shares_pairs(nb, bits, shape, mode)
-    early = early and early_start(x.device)
-    with on_device(x.device):
-        _gemv_kernel[(ceil(n/(w//wk*t)), y)](x, tiles.view(torch.int64), norms, _pair_table(book, x.device, x.dtype, pairs), out, ids, weights, rows, K, len(tiles), n*nb*bits*32, rows*nb,
+    early, words = early and early_start(x.device), tiles.view(torch.int64)
+    with on_device(x.device):                                  # a stack may have gaps between its experts
+        _gemv_kernel[(ceil(n/(w//wk*t)), y)](x, words, norms, _pair_table(book, x.device, x.dtype, pairs), out, ids, weights, rows, K, len(tiles), words.stride(0), norms.stride(0),
             NB=nb, BITS=bits, W=w, WK=wk, TILES=t, MODE=mode, TOPK=topk, EARLY=early, PAIRS=pairs, DT=TL_DTYPE[x.dtype], num_warps=w, **({'launch_pdl':True} if early else {}))

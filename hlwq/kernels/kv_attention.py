@@ -7,9 +7,9 @@ __all__ = ['EXACT_UNIT', 'HOLD_K', 'HOLD_V', 'K2', 'K3', 'K4', 'V2', 'V3', 'V4',
            'kv_blocks_ref', 'kv_attention_ref', 'kv_units_ref', 'kv_share_ref', 'kv_units', 'kv_share', 'look_up_text',
            'look_up_words', 'hold_text', 'group_bytes', 'plane_code', 'hold_tables', 'planes_of', 'rotated', 'crossed',
            'split_planes', 'join_planes', 'side_by_side', 'load_columns', 'block_scores', 'block_values',
-           'rotated_back', 'visible', 'kv_splits', 'kv_stages', 'kv_attention', 'tree_columns', 'rotate_columns',
-           'nearest', 'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append', 'KVView',
-           'kv_attention_forward', 'use_kv_attention']
+           'rotated_back', 'visible', 'kv_splits', 'kv_stages', 'why_no_kv_attention', 'kv_attention', 'tree_columns',
+           'rotate_columns', 'nearest', 'pack_columns', 'block_statistics', 'encode_block', 'put_token', 'kv_append',
+           'KVView', 'kv_attention_forward', 'use_kv_attention']
 
 # %% ../../nbs/31_kv_attention.ipynb #3c1a07b7
 from functools import lru_cache
@@ -396,7 +396,7 @@ def _kv_combine_kernel(WS, OUT, LENGTH, LEAST, START, out_row, out_head, row_ste
     wait_for_predecessor(EARLY)
     combine_parts(WS, OUT + row*out_row + (i % (HEADS*GROUP))*out_head, i, tl.num_programs(0), tl.program_id(1)*BD, tl.minimum(units, SPLITS), GROUP, SPLITS, D, BD, PARTS, DT)
 
-# %% ../../nbs/31_kv_attention.ipynb #1d6353f4
+# %% ../../nbs/31_kv_attention.ipynb #737fcd4d
 def _padded(n): return max(16, 1 << (n - 1).bit_length())
 def _group(bits): return 8//gcd(8, bits), bits//gcd(8, bits)   # codes and bytes of a group
 
@@ -441,16 +441,25 @@ def kv_stages(
     "Chooses how many blocks are under way at a time, the one that is computed included"
     return 1 if itemsize == 4 or shared < 72 << 10 else 2 if shared < 108 << 10 else 3
 
+def why_no_kv_attention(
+    heads:int, # of queries
+    kv_heads:int, # of keys and values
+    head_dim:int, # numbers of a head
+    bits:tuple, # of keys and of values
+) -> str: # a reason, or nothing
+    "Says why there is no kernel for a cache, if there is none"
+    if head_dim % 16 or head_dim > 128 and head_dim != 256: return f'head_dim {head_dim}, need a multiple of 16 up to 128, or 256'
+    if heads % kv_heads or heads > 16*kv_heads: return f'{heads} query heads for {kv_heads} key heads, need 1 to 16 for each'
+    return next((f'{name} of {b} bits, need one of {listing(BITS)}' for name,b in zip(('keys', 'values'), bits) if b not in BITS), '')
+
 def _check(q, halves, length, start, least, mask, out):
     "Raises what kv_attention says it raises"
     k, v = halves
     rows, heads, D = q.shape if q.ndim == 3 else (0, 0, 0)
     if not q.numel() or k.shape != v.shape or (k.shape[0], k.shape[2]) != (rows, D): raise ConfigError(f"kv_attention: q {tuple(q.shape)}, keys {k.shape}, values {v.shape}, need (rows, q_heads, head_dim) and twice (rows, heads, head_dim); check the order of the axes")
     if q.dtype not in TL_DTYPE or k.dtype != q.dtype or v.dtype != q.dtype: raise ConfigError(f"kv_attention: q {q.dtype}, cache {k.dtype} and {v.dtype}, need bfloat16, float16 or float32 for all; convert q")
-    if D % 16 or D > 128 and D != 256: raise UnsupportedError(f"kv_attention: head_dim {D}, need a multiple of 16 up to 128, or 256; use another attention, such as sdpa")
-    if heads % k.shape[1] or heads > 16*k.shape[1]: raise UnsupportedError(f"kv_attention: {heads} query heads for {k.shape[1]} key heads, need 1 to 16 for each; use another attention, such as sdpa")
-    for name,b in (('keys', k.blocks.bits), ('values', v.blocks.bits)):
-        if b not in BITS: raise UnsupportedError(f"kv_attention: {name} of {b} bits, need one of {listing(BITS)}; use another attention, such as sdpa")
+    why = why_no_kv_attention(heads, k.shape[1], D, (k.blocks.bits, v.blocks.bits))
+    if why: raise UnsupportedError(f"kv_attention: {why}; use another attention, such as sdpa")
     if not k.channels or v.channels or k.blocks.n_blocks != v.blocks.n_blocks or k.first.shape != v.first.shape or k.ring.shape != v.ring.shape: raise ConfigError("kv_attention: keys and values that do not belong together, need the two halves of one HLWQLayer; pass layer.halves")
     parts = [t for h in halves for t in (h.first, h.ring, *h.blocks.tensors)]
     if not all(t.is_contiguous() for t in parts): raise ConfigError("kv_attention: halves that are not contiguous, need those of an HLWQLayer; copy them")

@@ -7,6 +7,9 @@ __all__ = ['PTX', 'why_no_ptx', 'shfl', 'bfly', 'bits16', 'narrow', 'pack2', 'un
            'shared_table', 'from_shared', 'mma', 'butterflies32', 'tree32', 'load_block', 'store_block', 'early_start',
            'wait_for_predecessor']
 
+# %% ../../nbs/10a_lanes.ipynb #814d4a42
+from functools import lru_cache
+
 # %% ../../nbs/10a_lanes.ipynb #9947c5ac
 import torch
 import triton
@@ -240,12 +243,15 @@ def store_block(p, v, ok, DT: tl.constexpr):
             for i in tl.static_range(4): a = a + (pack2(v[8*s + 2*i], v[8*s + 2*i + 1], DT),)
             st4(p + s*32, a, ok[s])
 
-# %% ../../nbs/10a_lanes.ipynb #ae2933aa
+# %% ../../nbs/10a_lanes.ipynb #084de85b
+@lru_cache(maxsize=None)
+def _hopper(device): return torch.cuda.get_device_capability(device) >= (9, 0)
+
 def early_start(
     device:torch.device, # where the kernel runs
 ) -> bool:
     "Tells whether a kernel may be launched before its predecessor has ended: from Hopper on"
-    return bool(PTX.value) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return bool(PTX.value) and _hopper(device)
 
 @triton.jit
 def wait_for_predecessor(EARLY: tl.constexpr):

@@ -42,7 +42,7 @@ def untile_ref(
 import triton
 import triton.language as tl
 
-# %% ../../nbs/10_layout.ipynb #aceb9747
+# %% ../../nbs/10_layout.ipynb #4e1d113c
 @triton.jit
 def _tile_kernel(P, T, out_features, n_words, NB: tl.constexpr, BITS: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)            # 64-bit: a stack of experts has more than 2**31 bytes
@@ -64,11 +64,14 @@ def _tile_kernel(P, T, out_features, n_words, NB: tl.constexpr, BITS: tl.constex
         else: word |= tl.load(src + at, mask=ok, other=0).to(tl.uint32) << (24 - 8*k)
     if not BACK: tl.store(T + i, word.to(tl.int32, bitcast=True), mask=i < n_words)
 
+_HERE = nullcontext()
+
 def on_device(
     device:torch.device, # where a kernel is to run
 ): # a context
     "Makes a device the current one, because Triton launches there"
-    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
+    here = device.type != 'cuda' or device.index in (None, torch.cuda.current_device())     # asking is cheap, changing is not
+    return _HERE if here else torch.cuda.device(device)
 
 def _move(packed, tiles, out_features, back):
     n, nb, bits = tiles.shape[:3]
