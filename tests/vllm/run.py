@@ -64,7 +64,7 @@ def convert(name, src, out):
     from hlwq.recipe import Recipe, Rule
     if name == 'int4':
         from hlwq.export_ct import export_compressed_tensors
-        return export_compressed_tensors(src, out)
+        return export_compressed_tensors(src, out, progress=False)
     rules = [Rule(r'embed_tokens', bits=6), Rule(r'lm_head', bits=6)] if name == 'packed_head' else []
     quantize_checkpoint(src, out, recipe=Recipe(5, rules), progress=False)
 
