@@ -7,11 +7,12 @@ READY   := $(VENV)/.ready
 OLDEST  := .oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs clean $(VENV)
+.PHONY: help demo test test-vllm docs clean $(VENV)
 
 help:
 	@echo 'make demo    quantize the embedded model, check it and say what it cost'
 	@echo 'make test    notebooks in step with the package, site, notebook tests, pytest'
+	@echo 'make test-vllm  serve small models with vLLM on the CPU, in .vllm (3.5 GB); not part of make test'
 	@echo 'make docs    README.md from the index notebook, and the site in _docs'
 	@echo 'make clean   remove what the other targets made, .venv apart'
 	@echo 'make .venv   the environment alone; PYTHON=python3.12 chooses another Python (3.10 or newer)'
@@ -49,6 +50,10 @@ test: $(READY) $(OLDEST)/.ready
 	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_load_model.py tests/test_kv_cache.py -q
 	@echo '== tests'
 	@$(BIN)/python -m pytest tests -q
+
+# vLLM wants an environment of its own: it pins torch and transformers. About fifteen minutes, of which eight install it
+test-vllm: $(READY)
+	@$(BIN)/python tests/vllm/run.py --venv .vllm --write
 
 docs: $(READY)
 	@$(BIN)/python tools/docs.py readme site

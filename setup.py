@@ -11,7 +11,7 @@ cfg = cfg['DEFAULT']
 
 def requirements(key): return shlex.split(cfg.get(key, ''))
 
-extras = {g: requirements(f'{g}_requirements') for g in ('triton', 'ct', 'docs')}
+extras = {g: requirements(f'{g}_requirements') for g in ('triton', 'ct', 'vllm', 'docs')}
 extras['dev'] = requirements('dev_requirements') + extras['triton']
 
 setup(
@@ -23,6 +23,6 @@ setup(
     install_requires=requirements('requirements'), extras_require=extras,
     long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown',
-    entry_points=dict(console_scripts=[cfg['console_scripts']], nbdev=[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]),
+    entry_points={'console_scripts':[cfg['console_scripts']], 'vllm.general_plugins':[cfg['vllm_plugins']], 'nbdev':[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

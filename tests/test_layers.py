@@ -51,6 +51,7 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     offload='core bank cache_policy cache_sim experts kernels.moe kernels.slots linear quantize',
     cache_plan='bank cache_sim core',
     load='bank cache_plan cache_policy core checkpoint generate hf linear offload packed_model',
+    vllm='core experts linear lloyd_max',
     inspection='core lloyd_max quantize source checkpoint',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
