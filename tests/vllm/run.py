@@ -15,11 +15,11 @@ ENV = dict(VLLM_CPU_KVCACHE_SPACE='1', VLLM_CPU_OMP_THREADS_BIND='nobind', OMP_N
 # name -> dtype, and what the model is there for. The demo has Gated DeltaNet layers, which vLLM computes on a CPU in bfloat16 only.
 MODELS = dict(
     dense=('float32', 'fused q, k, v and gate, up; a head of its own'),
-    packed_head=('float32', 'the same, embedding and head packed too'),
+    packed_head=('float32', 'dense, embedding and head packed too'),
     moe=('float32', 'routed experts, attention only'),
-    fused=('float32', 'the same from a source with fused experts'),
+    fused=('float32', 'routed experts from a source that holds them fused'),
     demo=('bfloat16', 'the embedded model: experts, a shared expert, Gated DeltaNet'),
-    int4=('float32', 'INT4 export of the dense model, without the plugin'))
+    int4=('bfloat16', 'INT4 export of the dense model, without the plugin'))       # whose CPU kernel takes nothing else
 
 # --- the environment
 
@@ -152,13 +152,14 @@ def table(res):
         out.append(f"| {n}: {r['what']} | {'INT4' if n == 'int4' else 'HLWQ'} | {r['dtype']} | {r['identical']} of {r['prompts']} | {r['ties']} | {r['differ']} | {r['largest_gap']:.4f} | {r['ready_seconds']:.0f} |")
     out += ['', '## What runs where', '', '| format | transformers, CPU | transformers, GPU | vLLM, CPU | vLLM, GPU |', '|---|---|---|---|---|']
     for f,cells in res['where'].items(): out.append(f'| {f} | ' + ' | '.join(cells) + ' |')
-    out += ['', 'In bfloat16 logits near 10 are multiples of 1/16, so a gap of one such step is what rounding alone can do; the demo is not held to 0.01.', '', f"Measured {res['date']} with `{res['command']}` on {res['machine']}; " + ', '.join(f'{k} {v}' for k,v in res['versions'].items()) + '.']
+    out += ['', '"Tested here" is tested by this script; "tested on GPU" is what [decode](decode.md) and [full-size](full-size.md) report. vLLM 0.32 has INT4 experts on CPUs with AMX only.']
+    out += ['', 'In bfloat16 logits near 10 are multiples of 1/16, so a gap of one such step is what rounding alone can do; models in bfloat16 are not held to 0.01.', '', f"Measured {res['date']} with `{res['command']}` on {res['machine']}; " + ', '.join(f'{k} {v}' for k,v in res['versions'].items()) + '.']
     return '\n'.join(out) + '\n'
 
 def where(models):
     ok = lambda *names: 'tested here' if any(n in models for n in names) else 'not tested'
     return {'HLWQ, dense': ['tested here', 'tested on GPU', ok('dense', 'packed_head'), 'not tested'], 'HLWQ, experts': ['tested here', 'tested on GPU', ok('moe', 'fused', 'demo'), 'not tested'],
-        'INT4, dense': [ok('int4'), 'not tested', ok('int4'), 'not tested'], 'INT4, experts': ['not tested', 'not tested', 'refused by vLLM 0.32 without AMX', 'not tested']}
+        'INT4, dense': [ok('int4'), 'not tested', ok('int4'), 'not tested'], 'INT4, experts': ['not tested']*4}
 
 def said(python, code):
     "What a line of Python prints in the environment"
