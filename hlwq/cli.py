@@ -413,8 +413,8 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
 # %% ../nbs/90_cli.ipynb #893c0f13
 _BENCH = dict(kernels=('bits', 'shape', 'rows'), quantize=('bits', 'shape', 'rows'), decode=('model', 'bits', 'rows', 'context', 'new', 'layers'), kv=('bits', 'context'), offload=('slots', 'bits', 'new', 'layers'))
 
-@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16   or   hlwq bench kv')
-def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode|kv|offload', help='Products with packed weights, quantizing, whole models that write, attention over codes, or a model with most experts on the host.', show_default=False)],
+@app.command('bench', epilog='Examples: hlwq bench kernels --bits 5 --shape 4096x4096 --rows 1,8 --json here.json   or   hlwq bench quantize   or   hlwq bench decode --model qwen3.6 --bits 5,bf16   or   hlwq bench kv   or   hlwq bench offload')
+def _bench(what:Annotated[str, typer.Argument(metavar='kernels|quantize|decode|kv|offload', help='Products with packed weights, quantizing, whole models that write, attention over codes, or a model that writes with most experts on the host.', show_default=False)],
            bits:Annotated[Optional[str], typer.Option('--bits', metavar='N,...', help='Bits a weight: 2, 3, 4, 5, 6 or 8, or some of them; for decode bf16 too, for kv such as 4,K3V2.', show_default=False)]=None,
            shape:Annotated[Optional[List[str]], typer.Option('--shape', metavar='OUTxIN', help='Rows x columns of a matrix; may be given several times.', show_default=False)]=None,
            rows:Annotated[Optional[str], typer.Option('--rows', metavar='N,...', help='Rows that are multiplied at a time, 1 is one token; for decode, texts at once.', show_default=False)]=None,
