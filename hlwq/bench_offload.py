@@ -7,7 +7,7 @@ __all__ = ['SLOTS', 'random_bank', 'Forced', 'ForcedExperts', 'force_routing', '
            'OffloadResult', 'run_offload']
 
 # %% ../nbs/84a_bench_offload.ipynb #bb935dff
-import statistics
+import gc, statistics
 from dataclasses import asdict, dataclass, field
 
 # %% ../nbs/84a_bench_offload.ipynb #cc1cadbe
@@ -156,6 +156,7 @@ def measure_slots(
     finally:
         _restore(model, stacks)
         g = None
+        gc.collect()                                           # slots of this run would count in the peak of the next
         if cuda: torch.cuda.empty_cache()
 
 def with_limits(
