@@ -7,7 +7,7 @@ __all__ = ['SLOTS', 'random_bank', 'Forced', 'ForcedExperts', 'force_routing', '
            'OffloadResult', 'run_offload']
 
 # %% ../nbs/84a_bench_offload.ipynb #bb935dff
-import statistics
+import gc, statistics
 from dataclasses import asdict, dataclass, field
 
 # %% ../nbs/84a_bench_offload.ipynb #cc1cadbe
@@ -109,6 +109,13 @@ def _restore(model, stacks): # experts without content, for the next number of s
         model.set_submodule(path, m)
     for n in ('offload', 'offload_stats'): model.__dict__.pop(n, None)
 
+def _fill_slots(shared): # all experts have one: what is measured then is a model without copies
+    ids = torch.arange(shared.n_experts, device=shared.device)
+    for layer in range(len(shared.bank.rows)):
+        for some in ids.split(max(1, min(8, shared.staging))):
+            shared.tables.rows(layer, some.contiguous())
+            shared.pool.wait()
+
 def measure_slots(
     model:nn.Module, # a model whose experts have no content
     bank:HostBank, # with them
@@ -124,6 +131,7 @@ def measure_slots(
     try:
         offload_experts(model, slots, policy, bank)
         force_routing(model, trace)
+        if slots >= len(bank.rows[0]): _fill_slots(model.offload)
         g, first, ms, hits = HLWQGenerator(model), {}, [], []
         def run(context, n):
             ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, context), device=device, generator=torch.Generator(device).manual_seed(context))
@@ -148,6 +156,7 @@ def measure_slots(
     finally:
         _restore(model, stacks)
         g = None
+        gc.collect()                                           # slots of this run would count in the peak of the next
         if cuda: torch.cuda.empty_cache()
 
 def with_limits(

@@ -305,7 +305,7 @@ tiny = {{'Qwen3.6-35B-A3B': small | dict(linear_num_key_heads=1, linear_num_valu
 for k in list(bd.GEOMETRIES):
     kind, sizes = bd.GEOMETRIES.pop(k)
     if k in tiny: bd.GEOMETRIES[k] = kind, sizes | tiny[k]
-bd.require_gpu, bd.ceilings, bd.random_model.__defaults__ = lambda: None, lambda: limits, (None, 'cpu')
+bd.require_gpu, bd.ceilings, bd.random_model.__defaults__ = lambda: None, lambda: limits, (None, 'cpu', True)
 def packed_weights(w, book):                                   # without the kernel, whose simulation takes long
     if w.ndim == 3: return [torch.stack(o) for o in zip(*(packed_weights(e, book) for e in w))]
     packed, norms = quantize_rows(w, book)
