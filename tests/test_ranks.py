@@ -5,10 +5,11 @@ import fcntl,os,re,signal,socket,subprocess,sys,threading,time
 import pytest,torch
 from torch.distributed import HashStore
 from common import ROOT
+from hlwq.cli import main
 from hlwq.checkpoint import verify_checkpoint
 from hlwq.convert import quantize_checkpoint
 from hlwq.core import *
-from hlwq.ranks import Ranks,error_data,error_from,quantize_on_ranks,share_shards
+from hlwq.ranks import Ranks,error_data,error_from,launched_rank,quantize_on_ranks,share_shards
 from hlwq.recipe import make_plan
 from kit import snapshot,toy,write_model
 
@@ -95,11 +96,6 @@ def test_errors_before_any_work_are_raised_on_all(model, tmp_path):
     assert all(isinstance(e, FileExistsError) for e in said), said
     assert snapshot(tmp_path) == before
 
-def test_torchrun_says_why(model, tmp_path):
-    (tmp_path/'there').mkdir(); (tmp_path/'there/x').write_text('x')
-    r = torchrun('-m', 'hlwq.convert', model, tmp_path/'there')
-    assert r.returncode and re.search(r'hlwq: .*there: exists already', r.stderr) and re.search(r'hlwq: .*there: rank 0: exists already', r.stderr), r.stderr
-
 def test_a_weight_that_is_no_number_stops_all(model, tmp_path):
     tensors, key = toy(4, 256, 256, 2), [r.name for r in make_plan(model).rows if r.action == 'quantize'][-1]
     tensors[key].view(-1)[3] = torch.nan
@@ -126,6 +122,15 @@ def test_two_runs_on_one_folder(name, model, clean, tmp_path):
         said = on_threads(model, tmp_path/'out', 2)
         assert all(isinstance(e, BlockingIOError) for e in said), said
     assert on_threads(model, tmp_path/'out', 2) == [None]*2 and snapshot(tmp_path/'out') == clean
+
+def test_alone_without_torchrun(model, clean, tmp_path, monkeypatch):
+    "`hlwq quantize` in a child of a rank has its variables, and still is one process; so is the module without them"
+    for k,v in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
+    assert launched_rank() == 1 and main(["quantize", str(model), str(tmp_path/"out"), "--max-shard-size", "150KB", "--quiet"]) == 0
+    assert snapshot(tmp_path/"out") == clean
+    monkeypatch.delenv("RANK")
+    assert launched_rank() is None
+    with pytest.raises(ConfigError, match="alone"): quantize_on_ranks(model, tmp_path/"new")
 
 def test_more_ranks_than_shards(model, tmp_path):
     quantize_checkpoint(model, tmp_path/'one', progress=False)
