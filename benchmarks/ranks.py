@@ -33,7 +33,7 @@ def write_source(folder, layers, hidden=2048):
 def run(src, out, processes, threads, shard):
     "Seconds of the conversion, of the whole command, and of processors, over all of its processes"
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}
-    launch = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes)] if processes > 1 else []
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes > 1 else []
     def used(): u = resource.getrusage(resource.RUSAGE_CHILDREN); return u.ru_utime + u.ru_stime
     start, before = time.perf_counter(), used()
     r = subprocess.run([sys.executable, *launch, '-m', 'hlwq.convert', str(src), str(out), '--device', 'cpu', '--max-shard-size', str(shard), '--json'], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
