@@ -7,7 +7,7 @@ a file system in memory (--folder), so that the source is in the page cache and 
 conversion, as the first process measures it from its first look at the source to the last rename, and that of the whole command, with
 starting Python and torch and, for two processes, torchrun.
 """
-import argparse, json, os, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, resource, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -31,13 +31,14 @@ def write_source(folder, layers, hidden=2048):
     (folder/'config.json').write_text(json.dumps(dict(model_type='llama', architectures=['LlamaForCausalLM'], hidden_size=hidden, num_hidden_layers=layers)))
 
 def run(src, out, processes, threads, shard):
-    "Seconds of the conversion and of the whole command"
+    "Seconds of the conversion, of the whole command, and of processors, over all of its processes"
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}
-    launch = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes)] if processes > 1 else []
-    start = time.perf_counter()
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes > 1 else []
+    def used(): u = resource.getrusage(resource.RUSAGE_CHILDREN); return u.ru_utime + u.ru_stime
+    start, before = time.perf_counter(), used()
     r = subprocess.run([sys.executable, *launch, '-m', 'hlwq.convert', str(src), str(out), '--device', 'cpu', '--max-shard-size', str(shard), '--json'], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     whole = time.perf_counter() - start
-    return json.loads(r.stdout)['seconds']['total'], whole
+    return json.loads(r.stdout)['seconds']['total'], whole, used() - before
 
 def same(a, b): return sorted(os.listdir(a)) == sorted(os.listdir(b)) and all((a/n).read_bytes() == (b/n).read_bytes() for n in os.listdir(a))
 
@@ -60,17 +61,17 @@ def main():
             outs = [d/w.replace(' ', '-') for w in WAYS]
             identical &= all(same(outs[0], o) for o in outs[1:])
             for o in outs: shutil.rmtree(o)
-            print(i, f'load {load:.1f}', {w: f'{s:.2f} {w_:.2f}' for w,(s,w_) in got.items()}, file=sys.stderr, flush=True)
+            print(i, f'load {load:.1f}', {w: ' '.join(f'{x:.2f}' for x in o) for w,o in got.items()}, file=sys.stderr, flush=True)
             if i or not a.rounds: rounds.append(dict(load=load, **got))
     two = 'two processes, 1 thread each'
     def ratio(way, k): return statistics.median(r[two][k]/r[way][k] for r in rounds)
-    rows = [dict(way=w, seconds=statistics.median(r[w][0] for r in rounds), whole=statistics.median(r[w][1] for r in rounds),
+    rows = [dict(way=w, seconds=statistics.median(r[w][0] for r in rounds), whole=statistics.median(r[w][1] for r in rounds), cpu=statistics.median(r[w][2] for r in rounds),
         ratio=ratio(w, 0), ratio_whole=ratio(w, 1)) for w in WAYS]
     r = dict(about(), source_bytes=nbytes, shards=len(files), cores=len(os.sched_getaffinity(0)), load=[x['load'] for x in rounds], rounds=rounds, rows=rows, identical=identical)
     md = '\n'.join(['# One checkpoint, two processes', '', f"{nbytes/1e9:.2f} GB of bfloat16 weights in {len(files)} files, to 5 bits, on {r['cores']} cores, from a file system in memory to the same; medians of {len(rounds)} rounds, in each of which the three ran one after the other. "
-        f"The files of the three are {'identical' if identical else '**NOT identical**'}. The last two columns: two processes over this way. The load of the machine before each round, other work included, was {', '.join(f'{x:.1f}' for x in r['load'])}.", '',
-        '| how | conversion, s | whole command, s | two processes / this: conversion | whole command |', '|---|---:|---:|---:|---:|',
-        *[f"| {o['way']} | {o['seconds']:.2f} | {o['whole']:.2f} | {o['ratio']:.2f} | {o['ratio_whole']:.2f} |" for o in rows], '', said(r)])
+        f"The files of the three are {'identical' if identical else '**NOT identical**'}. The last two columns: two processes over this way. The load of the machine before each round, other work included, was {', '.join(f'{x:.1f}' for x in r['load'])}" + ('; other work shares the processors, which favours two processes over one, so a quiet machine should be asked too.' if statistics.median(r['load']) > 1.5*r['cores'] else '.'), '',
+        '| how | conversion, s | whole command, s | CPU seconds of it | two processes / this: conversion | whole command |', '|---|---:|---:|---:|---:|---:|',
+        *[f"| {o['way']} | {o['seconds']:.2f} | {o['whole']:.2f} | {o['cpu']:.2f} | {o['ratio']:.2f} | {o['ratio_whole']:.2f} |" for o in rows], '', said(r)])
     print(md)
     if a.write: save('ranks', r, md)
 

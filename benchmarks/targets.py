@@ -100,7 +100,13 @@ def main():
         row(f"{made['model']} exported, in transformers: perplexity against that of the original with code times scale for weights", 'within 1e-4', f"{worst['bfloat16']:.2g} in bfloat16; {worst['float32']:.2g} in float32, where transformers computes experts in bfloat16, {cast:.2g} without that", worst['bfloat16'] <= 1e-4 and cast <= 1e-4, 'export-ct'),
         row('the same: matrices that the library unpacks to the bits of the reference', 'all', f"{made['library_equal']} of {made['n_matrices']}", made['library_equal'] == made['n_matrices'], 'export-ct')]
     if (RESULTS/'kv-speed.json').exists(): rows += kv_speed_rows(result('kv-speed')['parts'])
-    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode', 'peers', 'export-ct') and not f.stem.startswith('packed-')]
+    shared = result('ranks')
+    one_thread, two_threads = shared['rows'][:2]
+    rows += [
+        row(f"two processes quantize {shared['source_bytes']/1e9:.2f} GB on {shared['cores']} cores, source in memory: files identical to those of one", 'all', 'all' if shared['identical'] else 'not all', shared['identical'], 'ranks'),
+        row('the same: time in units of one process with 1 thread', 'at most 0.6', f"{one_thread['ratio']:.2f}", one_thread['ratio'] <= .6, 'ranks'),
+        row('the same, in units of one process with 2 threads', 'at most 0.6', f"{two_threads['ratio']:.2f}", two_threads['ratio'] <= .6, 'ranks')]
+    more = [f'- [{f.stem}]({f.name})' for f in sorted(RESULTS.glob('*.md')) if f.stem not in ('README', 'plan', 'quantize', 'packing', 'stream', 'interrupt', 'full-size', 'kernels', 'stream-experts-cuda', 'kv-quality', 'kv-speed', 'decode', 'peers', 'ranks', 'export-ct') and not f.stem.startswith('packed-')]
     (RESULTS/'README.md').write_text('\n'.join(['# Measured results', '', 'Each page here is made from the JSON of the same name, which carries command, machine, versions and date. This page is made from them by `python benchmarks/targets.py`.', '',
         '| what | target | measured | reached | details |', '|---|---|---|---|---|', *rows, '', 'Further measurements:', '', *more, '']))
 

@@ -155,7 +155,7 @@ def _quantize(src:Src, out:Out, bits:Bits=None, recipe:RecipeFile=None,
     from hlwq.core import human_bytes, parse_size
     from hlwq.ranks import launched_rank, quantize_on_ranks
     from hlwq.source import open_source
-    rank = launched_rank()                                     # None unless torchrun has started several of these
+    rank = launched_rank() if _is_module() else None           # None: this process is alone
     screen, source, size = Screen(as_json, quiet or bool(rank)), open_source(src), parse_size(max_shard_size)
     convert = quantize_checkpoint if rank is None else quantize_on_ranks
     plan = convert(source, out, bits=_number(bits), recipe=recipe, device=device, resume=not no_resume, overwrite=overwrite,
@@ -165,6 +165,10 @@ def _quantize(src:Src, out:Out, bits:Bits=None, recipe:RecipeFile=None,
     screen.say(plan.summary())
     screen.say(f"{out}: {human_bytes(after)} of weights, {100*after/max(source.nbytes, 1):.0f} % of {human_bytes(source.nbytes)}, in {seconds:.1f} s; check it with {shlex.join(['hlwq', 'verify', str(out)])}")
     screen.result(dict(out=str(out), nbytes_before=source.nbytes, nbytes_after=after, seconds=dict(plan.measured), **{k:v for k,v in plan.to_json().items() if k != 'rows'}))
+
+def _is_module():
+    "Whether this is `python -m hlwq.convert`: only then several processes share the work. Others may have the variables of torchrun from a parent"
+    return getattr(getattr(sys.modules['__main__'], '__spec__', None), 'name', None) == 'hlwq.convert'
 
 def _weights(folder): return sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
 

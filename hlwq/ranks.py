@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['share_shards', 'error_data', 'error_from', 'Ranks', 'launched_rank', 'launched_ranks', 'quantize_on_ranks']
 
-# %% ../nbs/07a_ranks.ipynb #8a26c3ab
+# %% ../nbs/07a_ranks.ipynb #bd114657
 import errno, itertools, json, os, signal, socket, threading, time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -234,7 +234,7 @@ def _sigterm_raises():
     try: yield
     finally: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-# %% ../nbs/07a_ranks.ipynb #e5c0b1cf
+# %% ../nbs/07a_ranks.ipynb #c9cc1dfd
 def quantize_on_ranks(
     src, # a checkpoint folder or a hub id
     out, # the folder to make, on a file system that all ranks share
@@ -257,7 +257,7 @@ def quantize_on_ranks(
     with ranks, _sigterm_raises():
         try:
             source, device, plan, shards, mark = _prepared(src, out, bits, recipe, _own_device(device), norm, codebook, max_shard_size, min_coverage)
-            with source:
+            with source, _current(device):
                 ranks.tell('mark', mark)
                 _compare(ranks.wait('mark'))
                 job = source, shards, norm, codebook, device, times
@@ -274,6 +274,11 @@ def _own_device(device):
     import torch
     if str(device) == 'cuda' or (str(device) == 'auto' and torch.cuda.is_available()): return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return device
+
+def _current(device):
+    "Makes a GPU the current one, so that nothing of this rank, not even pinned memory, opens a context on the first"
+    import torch
+    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
 
 def _compare(marks):
     "Raises ConfigError if ranks would not make the same checkpoint"

@@ -1,14 +1,15 @@
 """Several processes that make one checkpoint: the bytes of one process, whoever dies, and errors that all of them raise.
 
 The processes are real ones: started by torchrun, or by hand with its variables where the death of one must not be told by torchrun."""
-import fcntl,os,re,signal,socket,subprocess,sys,threading,time
+import fcntl,os,re,signal,socket,subprocess,sys,threading
 import pytest,torch
 from torch.distributed import HashStore
 from common import ROOT
+from hlwq.cli import main
 from hlwq.checkpoint import verify_checkpoint
 from hlwq.convert import quantize_checkpoint
 from hlwq.core import *
-from hlwq.ranks import Ranks,error_data,error_from,quantize_on_ranks,share_shards
+from hlwq.ranks import Ranks,error_data,error_from,launched_rank,quantize_on_ranks,share_shards
 from hlwq.recipe import make_plan
 from kit import snapshot,toy,write_model
 
@@ -27,48 +28,67 @@ def clean(tmp_path_factory, model):
     assert len(list(out.glob('*.safetensors'))) >= 6
     return snapshot(out)
 
-def torchrun(*args, n=2): return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(n), *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+def torchrun(*args, n=2):
+    "Starts ranks as a user does; --standalone finds a free port"
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), *map(str, args)], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def by_hand(*args, n=2):
     "Starts ranks without torchrun: nobody kills the others when one dies"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     def env(r): return {**ENV, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':str(n), 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)}
-    ps = [subprocess.Popen([sys.executable, ROOT/'tests/rank_of.py', *map(str, args)], cwd=ROOT, env=env(r), stderr=subprocess.PIPE, text=True) for r in range(n)]
-    said = [p.communicate(timeout=50)[1] for p in ps]
-    return [p.returncode for p in ps], said
+    return [subprocess.Popen([sys.executable, ROOT/'tests/rank_of.py', *map(str, args)], cwd=ROOT, env=env(r), stderr=subprocess.PIPE, text=True) for r in range(n)]
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, model):
+    "All runs of real processes, at the same time: most of each is starting Python. Name -> (folder, exit codes, what was written)"
+    at, res = tmp_path_factory.mktemp('runs'), {}
+    for n in ('whole', 'torchrun', 'by hand 0', 'by hand 1'): (at/n).mkdir()
+    def out(n): return at/n/'out'
+    started = {'whole':[torchrun('-m', 'hlwq.convert', model, out('whole'), '--max-shard-size', '150KB')], 'torchrun':[torchrun('tests/rank_of.py', model, out('torchrun'), 1, 1, 30)],
+               **{f'by hand {v}':by_hand(model, out(f'by hand {v}'), v, 1, 4) for v in (0, 1)}}
+    try:
+        for n,ps in started.items():
+            said = [''.join(filter(None, p.communicate(timeout=90))) for p in ps]
+            res[n] = at/n, [p.returncode for p in ps], said
+        yield res
+    finally:
+        for p in (p for ps in started.values() for p in ps): p.kill()
 
 def shards(folder): return sorted(p.name for p in folder.glob('*.safetensors'))
 
-def test_torchrun_makes_the_same_bytes(model, clean, tmp_path):
-    r = torchrun('-m', 'hlwq.convert', model, tmp_path/'out', '--max-shard-size', '150KB')
-    assert r.returncode == 0, r.stderr
-    assert snapshot(tmp_path/'out') == clean and verify_checkpoint(tmp_path/'out').ok
-    assert r.stdout.count('check it with hlwq verify') + r.stderr.count('check it with hlwq verify') == 1      # one of them speaks
-    assert sorted(os.listdir(tmp_path)) == ['out']
+def test_torchrun_makes_the_same_bytes(runs, clean):
+    folder, codes, (said,) = runs['whole']
+    assert codes == [0], said
+    assert snapshot(folder/'out') == clean and verify_checkpoint(folder/'out').ok
+    assert said.count('check it with hlwq verify') == 1                                                       # one of them speaks
+    assert sorted(os.listdir(folder)) == ['out']
 
-def test_killed_under_torchrun_then_resumed_by_one(model, clean, tmp_path):
-    r = torchrun('tests/rank_of.py', model, tmp_path/'out', 1, 1, 30)
-    assert r.returncode and not (tmp_path/'out').exists()
-    assert re.search(r'rank 0 raised InterruptedError: .*told to stop \(SIGTERM\).*run the same command again', r.stderr), r.stderr
-    done = shards(tmp_path/'out.partial')
-    assert done and (tmp_path/'out.partial/journal-1.jsonl').exists() and not list((tmp_path/'out.partial').glob('model-0000[0-9]-of-*.tmp'))[1:]
-    before = {n:(tmp_path/'out.partial'/n).stat().st_mtime_ns for n in done}
-    quantize_checkpoint(model, tmp_path/'out', max_shard_size=SHARD, progress=False)
-    assert snapshot(tmp_path/'out') == clean and sorted(os.listdir(tmp_path)) == ['out']
-    assert {n:(tmp_path/'out'/n).stat().st_mtime_ns for n in done} == before                                  # not made again
+def made(stage):
+    "The shards in a stage, and when each was written"
+    return {p.name:p.stat().st_mtime_ns for p in stage.glob('*.safetensors')}
+
+def resumed(folder, clean, before):
+    assert snapshot(folder/'out') == clean and sorted(os.listdir(folder)) == ['out']
+    assert {k:v for k,v in made(folder/'out').items() if k in before} == before                               # not made again
+
+def test_killed_under_torchrun_then_resumed_by_one(runs, model, clean):
+    folder, codes, (said,) = runs['torchrun']
+    assert codes != [0] and not (folder/'out').exists()
+    assert re.search(r'rank 0 raised InterruptedError: .*told to stop \(SIGTERM\).*run the same command again', said), said
+    before = made(folder/'out.partial')
+    assert before and (folder/'out.partial/journal-1.jsonl').exists()
+    quantize_checkpoint(model, folder/'out', max_shard_size=SHARD, progress=False)
+    resumed(folder, clean, before)
 
 @pytest.mark.parametrize('victim', [1, 0])
-def test_survivors_notice_and_three_resume(victim, model, clean, tmp_path):
-    start = time.monotonic()
-    codes, said = by_hand(model, tmp_path/'out', victim, 1, 2)
-    assert codes[victim] == -signal.SIGKILL and codes[1-victim] == 3 and time.monotonic() - start < 30
-    assert re.search(r'raised Connection\w*Error: .*(rank 1: no sign of life for 2 s|the store of torch.distributed).*run the same command again', said[1-victim]), said
-    done = shards(tmp_path/'out.partial')
-    assert done
-    before = {n:(tmp_path/'out.partial'/n).stat().st_mtime_ns for n in done}
-    assert on_threads(model, tmp_path/'out', 3) == [None]*3
-    assert snapshot(tmp_path/'out') == clean and sorted(os.listdir(tmp_path)) == ['out']
-    assert {n:(tmp_path/'out'/n).stat().st_mtime_ns for n in done} == before
+def test_survivors_notice_and_three_resume(victim, runs, model, clean):
+    folder, codes, said = runs[f'by hand {victim}']
+    assert codes[victim] == -signal.SIGKILL and codes[1-victim] == 3, said
+    assert re.search(r'raised Connection\w*Error: .*(rank 1: no sign of life for 4 s|the store of torch.distributed).*run the same command again', said[1-victim]), said
+    before = made(folder/'out.partial')
+    assert before
+    assert on_threads(model, folder/'out', 3) == [None]*3
+    resumed(folder, clean, before)
 
 def on_threads(model, out, world, silence=20., **kw):
     "The same in one process: what each rank raised"
@@ -94,11 +114,6 @@ def test_errors_before_any_work_are_raised_on_all(model, tmp_path):
     said = on_threads(model, tmp_path/'there', 3)
     assert all(isinstance(e, FileExistsError) for e in said), said
     assert snapshot(tmp_path) == before
-
-def test_torchrun_says_why(model, tmp_path):
-    (tmp_path/'there').mkdir(); (tmp_path/'there/x').write_text('x')
-    r = torchrun('-m', 'hlwq.convert', model, tmp_path/'there')
-    assert r.returncode and re.search(r'hlwq: .*there: exists already', r.stderr) and re.search(r'hlwq: .*there: rank 0: exists already', r.stderr), r.stderr
 
 def test_a_weight_that_is_no_number_stops_all(model, tmp_path):
     tensors, key = toy(4, 256, 256, 2), [r.name for r in make_plan(model).rows if r.action == 'quantize'][-1]
@@ -126,6 +141,15 @@ def test_two_runs_on_one_folder(name, model, clean, tmp_path):
         said = on_threads(model, tmp_path/'out', 2)
         assert all(isinstance(e, BlockingIOError) for e in said), said
     assert on_threads(model, tmp_path/'out', 2) == [None]*2 and snapshot(tmp_path/'out') == clean
+
+def test_alone_without_torchrun(model, clean, tmp_path, monkeypatch):
+    "`hlwq quantize` in a child of a rank has its variables, and still is one process; so is the module without them"
+    for k,v in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
+    assert launched_rank() == 1 and main(["quantize", str(model), str(tmp_path/"out"), "--max-shard-size", "150KB", "--quiet"]) == 0
+    assert snapshot(tmp_path/"out") == clean
+    monkeypatch.delenv("RANK")
+    assert launched_rank() is None
+    with pytest.raises(ConfigError, match="alone"): quantize_on_ranks(model, tmp_path/"new")
 
 def test_more_ranks_than_shards(model, tmp_path):
     quantize_checkpoint(model, tmp_path/'one', progress=False)
