@@ -33,6 +33,8 @@ _modules = dict(
     offload='offload_experts OffloadStats',
     cache_sim='RoutingTrace record_routing simulate_cache predicted_tokens_per_second',
     evaluate='perplexity kl_divergence compare',
+    hub='push_to_hub model_card',
+    report='html_report',
     export_ct='export_compressed_tensors plan_export ExportPlan',
 )
 _homes = {name:mod for mod,names in _modules.items() for name in names.split()}

@@ -53,13 +53,15 @@ ALLOWED = {k:set(v.split()) for k,v in dict(
     load='bank cache_plan cache_policy core checkpoint generate hf linear offload packed_model',
     vllm='core experts linear lloyd_max',
     inspection='core lloyd_max quantize source checkpoint',
+    hub='core checkpoint convert evaluate inspection recipe',
+    report='core checkpoint evaluate hub inspection lloyd_max source',
     screen='core',
     bench='core lloyd_max quantize screen kernels.layout kernels.quantize kernels.gemv kernels.gemm kernels.moe',
     bench_decode='bench core evaluate generate hf linear packed_model quantize screen',
     bench_kv='bench bench_decode core evaluate generate kernels.attention kernels.kv_attention kv_cache screen',
     bench_offload='bank bench bench_decode cache_plan cache_sim core experts generate linear offload quantize',
     demo='core hadamard lloyd_max packing quantize source recipe checkpoint convert load generate evaluate screen',
-    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv bench_offload cache_sim export_ct kv_cache ranks',
+    cli='core hadamard lloyd_max packing quantize source recipe checkpoint convert load sampling generate evaluate screen demo inspection bench bench_decode bench_kv bench_offload cache_sim export_ct kv_cache ranks hub report',
 ).items()}
 
 LAZY = {'transformers','matplotlib','triton','accelerate','llvmlite','compressed_tensors'}   # heavy or optional: imported inside the function that needs them
