@@ -133,6 +133,8 @@ def test_public(q):
     push_to_hub(q, 'me/it', private=False, api=api)
     assert not api.private['me/it']
     with pytest.raises(ConfigError, match='a public repository'): push_to_hub(q, 'me/it', overwrite=True, api=api)
+    api.private['me/it'] = True
+    assert push_to_hub(q, 'me/it', private=False, overwrite=True, api=api).private and api.private['me/it']      # an existing one is not opened, and the report says so
 
 def test_does_not_overwrite(q):
     api = Hub()
@@ -179,6 +181,15 @@ def test_names_of_repositories(q, repo):
 def test_refused(q, at):
     with pytest.raises(ConfigError, match='refuses .403.'): push_to_hub(q, 'me/it', api=Hub({at:refused(403)}))
     with pytest.raises(HfHubHTTPError): push_to_hub(q, 'me/it', api=Hub({at:refused(500)}))
+
+def test_the_real_client_takes_these_calls():
+    "The dictionary above has methods that huggingface_hub has too, with the same parameters"
+    import inspect
+    from huggingface_hub import HfApi
+    bind = lambda name,*a,**k: inspect.signature(getattr(HfApi, name)).bind(None, *a, **k)
+    bind('repo_info', 'a/b'); bind('list_repo_files', 'a/b'); bind('get_paths_info', 'a/b', ['f']); bind('create_repo', 'a/b', private=True, exist_ok=True)
+    bind('upload_file', path_or_fileobj=b'', path_in_repo='f', repo_id='a/b', commit_message='m')
+    bind('upload_folder', repo_id='a/b', folder_path='f', allow_patterns=[], delete_patterns=None, commit_message='m')
 
 # --- the command
 
