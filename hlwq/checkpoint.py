@@ -933,3 +933,10 @@ def _check_matrices(path, r, norms, files):
         stray = [f for f in c.source.files if files and f not in files]
         if stray: r.problems.append(f"{listing(stray)}: not in the manifest, need every shard in it; remove the stale files")
         c.stacks
+
+# %% ../nbs/06_checkpoint.ipynb #f13bc3b5
+@patch
+def _repr_markdown_(self:VerifyReport):
+    rows = [('files', f'{self.n_files:,}, {human_bytes(self.nbytes)}'), ('quantized matrices', f'{self.n_matrices:,}'), ('other tensors', f'{self.n_kept:,}')]
+    bad = [f'- {p}' for p in self.problems[:20]]
+    return '\n'.join([f"| {'all is well' if self.ok else f'**{len(self.problems)} problems**'} | |", '|---|---|', *(f'| {a} | {b} |' for a,b in rows), *(['', *bad] if bad else [])])

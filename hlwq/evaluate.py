@@ -162,6 +162,11 @@ def _flat(o, *names):
     num = lambda v: float(v) if isfinite(v) else None         # JSON knows no NaN
     return {k:v for n in names for k,v in ((n, num(getattr(o, n))), (f'{n}_error', num(getattr(o, n).error)))}
 
+# %% ../nbs/23_evaluate.ipynb #9d5bc5d1
+@patch
+def _repr_markdown_(self:Score):
+    return f'| perplexity | nats per token | tokens | windows |\n|---:|---:|---:|---:|\n| {self.ppl} | {self.nll} | {self.n_tokens:,} | {self.n_windows:,} |'
+
 # %% ../nbs/23_evaluate.ipynb #955ca549
 def perplexity(
     model, # any causal language model whose output has .logits, in evaluation mode

@@ -219,7 +219,7 @@ def model_card(
     note = '\n'.join([_NOTE[0], _body(facts, read_evaluation(evaluation, path), repo or path.resolve().name), _NOTE[1], ''])
     return header + note + rest
 
-# %% ../nbs/60_hub.ipynb #5105c808
+# %% ../nbs/60_hub.ipynb #d2ce0c74
 _MANIFEST_FILE, _CARD_FILE = 'hlwq_manifest.json', 'README.md'
 
 def files_to_push(
@@ -238,7 +238,7 @@ class PushReport:
     "What was uploaded, or what would be"
     folder:str # the checkpoint
     repo:str # name on the hub
-    private:bool # whether only its owner sees a new repository
+    private:bool # whether only its owner sees the repository
     files:dict # file name -> bytes
     dry_run:bool=False # nothing was sent
     removed:list=field(default_factory=list) # shards of an earlier checkpoint that were in the repository
@@ -275,7 +275,7 @@ def _remote_files(api, repo, private, folder, overwrite, confirm):
         if confirm is None or not confirm(f'{question}. Overwrite?'): raise ConfigError(f"{question}, need an empty repository; choose another name, or overwrite it (overwrite=True, --yes)")
     return there
 
-# %% ../nbs/60_hub.ipynb #393f1ee2
+# %% ../nbs/60_hub.ipynb #321f3956
 def _check_repo(repo):
     if not isinstance(repo, str) or not _REPO.fullmatch(repo) or len(repo) > 96: raise ConfigError(f"repo: {repo!r}, need OWNER/NAME; such as my-name/my-model-Q5")
 
@@ -319,8 +319,9 @@ def push_to_hub(
     card = model_card(folder, evaluation, repo, base_model)
     report = PushReport(str(folder), repo, private, files_to_push(folder, card), dry_run)
     if dry_run: return report
-    there = _called(repo, _remote_files, api, repo, private, folder, overwrite, confirm) or set()
-    report.removed = sorted(n for n in there - set(report.files) if n.endswith('.safetensors'))
+    there = _called(repo, _remote_files, api, repo, private, folder, overwrite, confirm)
+    report.removed = sorted(n for n in (there or set()) - set(report.files) if n.endswith('.safetensors'))
+    if there is not None: report.private = api.repo_info(repo).private      # what it is, not what was asked: nobody's repository is opened or closed here
     report.url = _called(repo, _send, api, folder, report, card, f"{folder.resolve().name} by hlwq")
     return report
 

@@ -265,6 +265,13 @@ def to(self:QuantizedTensor,
     "Moves codes and norms to a device; their dtypes never change"
     return QuantizedTensor(self.packed.to(device), self.norms.to(device), self.shape, self.bits, self.codebook, self.block_size)
 
+# %% ../nbs/04_quantize.ipynb #304b78b9
+@patch
+def _repr_markdown_(self:QuantizedTensor):
+    rows = [('shape', f'{self.shape[0]:,} x {self.shape[1]:,}'), ('codes', f'{self.bits} bits, codebook {self.codebook.name}'), ('norms', f'{self.norms.shape[0]:,} x {self.norms.shape[1]:,}, {str(self.norms.dtype)[6:]}'),
+            ('bits per weight', f'{self.bits_per_weight:.3f}'), ('size', f'{human_bytes(self.nbytes)}, {100*self.bits_per_weight/16:.0f} % of 16 bits'), ('where', str(self.device))]
+    return '\n'.join(['| QuantizedTensor | |', '|---|---|', *(f'| {a} | {b} |' for a,b in rows)])
+
 # %% ../nbs/04_quantize.ipynb #bbe9ee0c
 def decode_chunk(
     packed:Tensor, # (n, 16*bits) uint8

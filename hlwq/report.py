@@ -128,7 +128,7 @@ def code_usage(
     expected = torch.as_tensor(expected, dtype=torch.float64)
     return dict(share=share, expected=expected, entropy=-(share[share > 0]*share[share > 0].log2()).sum().item(), distance=(share-expected).abs().sum().item()/2)
 
-# %% ../nbs/61_report.ipynb #5e11b65e
+# %% ../nbs/61_report.ipynb #fa7c560c
 def plot_codes(
     counts:dict, # bits -> counts, from sample_codes
     books:dict, # bits -> codebook
@@ -139,8 +139,8 @@ def plot_codes(
         fig, axes = plt.subplots(len(counts), 1, figsize=(7.5, .5+2.3*len(counts)), layout='constrained', squeeze=False)
         for ax,(b,n) in zip(axes[:, 0], sorted(counts.items())):
             u = code_usage(n, books[b])
-            ax.bar(range(2**b), 100*u['share'], color=COLOURS[4], width=.8, label='in this file')
-            ax.plot(range(2**b), 100*u['expected'], '.' if b < 7 else '-', ms=5, c=COLOURS[5], label='normal numbers')
+            ax.bar(range(2**b), (100*u['share']).tolist(), color=COLOURS[4], width=.8, label='in this file')
+            ax.plot(range(2**b), (100*u['expected']).tolist(), '.' if b < 7 else '-', ms=5, c=COLOURS[5], label='normal numbers')
             ax.set(xlabel='code', ylabel='share, %', title=f"{b} bits: entropy {u['entropy']:.3f}, {100*u['distance']:.2f} % elsewhere than expected")
             ax.legend(loc='upper left', fontsize=8)
     return fig

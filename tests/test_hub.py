@@ -133,6 +133,8 @@ def test_public(q):
     push_to_hub(q, 'me/it', private=False, api=api)
     assert not api.private['me/it']
     with pytest.raises(ConfigError, match='a public repository'): push_to_hub(q, 'me/it', overwrite=True, api=api)
+    api.private['me/it'] = True
+    assert push_to_hub(q, 'me/it', private=False, overwrite=True, api=api).private and api.private['me/it']      # an existing one is not opened, and the report says so
 
 def test_does_not_overwrite(q):
     api = Hub()
@@ -179,3 +181,53 @@ def test_names_of_repositories(q, repo):
 def test_refused(q, at):
     with pytest.raises(ConfigError, match='refuses .403.'): push_to_hub(q, 'me/it', api=Hub({at:refused(403)}))
     with pytest.raises(HfHubHTTPError): push_to_hub(q, 'me/it', api=Hub({at:refused(500)}))
+
+def test_the_real_client_takes_these_calls():
+    "The dictionary above has methods that huggingface_hub has too, with the same parameters"
+    import inspect
+    from huggingface_hub import HfApi
+    bind = lambda name,*a,**k: inspect.signature(getattr(HfApi, name)).bind(None, *a, **k)
+    bind('repo_info', 'a/b'); bind('list_repo_files', 'a/b'); bind('get_paths_info', 'a/b', ['f']); bind('create_repo', 'a/b', private=True, exist_ok=True)
+    bind('upload_file', path_or_fileobj=b'', path_in_repo='f', repo_id='a/b', commit_message='m')
+    bind('upload_folder', repo_id='a/b', folder_path='f', allow_patterns=[], delete_patterns=None, commit_message='m')
+
+# --- the command
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    from hlwq.cli import main
+    monkeypatch.chdir(tmp_path)
+    def run(*args):
+        capsys.readouterr()
+        return main([str(a) for a in args]),*capsys.readouterr()
+    return run
+
+def test_card_command(q, run):
+    before = (q/'README.md').read_text()
+    code,out,err = run('card', q, '--base-model', 'a/b')
+    assert (code,err) == (0,'') and out == model_card(q, base_model='a/b') and (q/'README.md').read_text() == before
+    assert run('card', q, '--base-model', 'a/b', '--write')[0] == 0 and (q/'README.md').read_text() == out
+    assert run('card', q)[1] == out and run('verify', q)[0] == 0          # a card is no part of the manifest
+
+def test_push_command(q, run, monkeypatch):
+    code,out,err = run('push', q, 'me/it', '--dry-run', '--json')
+    assert (code,err) == (0,'') and json.loads(out)['dry_run'] and json.loads(out)['private'] and 'README.md' in json.loads(out)['files']
+    api = Hub()
+    monkeypatch.setattr('hlwq.hub._api', lambda token: api)
+    code,out,err = run('push', q, 'me/it', '--public', '--quiet')
+    assert (code,err) == (0,'') and 'pushed' in out and 'public' in out and not api.private['me/it']
+    code,out,err = run('push', q, 'me/it', '--public', '--quiet')         # nobody can be asked here
+    assert code == 2 and out == '' and '--yes' in err and err.count('\n') == 1
+    assert run('push', q, 'me/it', '--public', '--yes')[0] == 0
+
+def test_push_asks(q, run, monkeypatch):
+    import io
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    api = Hub()
+    api.repos['me/it'],api.private['me/it'] = {'a.txt':b''},True
+    monkeypatch.setattr('hlwq.hub._api', lambda token: api)
+    for answer,code in (('n\n', 2),('y\n', 0)):
+        monkeypatch.setattr('sys.stdin', Terminal(answer))
+        found = run('push', q, 'me/it', '--quiet')
+        assert found[0] == code and 'Overwrite?' in found[2] and ('README.md' in api.repos['me/it']) == (code == 0)
