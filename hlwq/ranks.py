@@ -49,7 +49,7 @@ def error_from(
     if data['kind'] in _KINDS: return _KINDS[data['kind']](f"rank {rank}: {data['said']}")
     return InterruptedError(errno.EINTR, f"rank {rank} stopped with {data['kind']} {data['said']}".rstrip() + "; run the same command again: it resumes")
 
-# %% ../nbs/07a_ranks.ipynb #c069f4ce
+# %% ../nbs/07a_ranks.ipynb #2e38b505
 class Ranks:
     """Processes with a common piece of work, and what they tell each other. A context manager, entered by all of them.
 
@@ -79,7 +79,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind, *_):
-        if kind:
+        if kind and time.monotonic() - self.heard < self.silence:              # a store that does not answer would hold us
             with suppress(Exception): self.tell('left', True)
         self.ended.set()
         self.thread.join(2)
