@@ -7,7 +7,8 @@ __all__ = ['PAGE', 'HOSTS', 'RowPart', 'ExpertRow', 'expert_row', 'HostBank', 'f
            'fingerprint', 'bank_path', 'open_bank', 'bank_from_checkpoint']
 
 # %% ../nbs/40_bank.ipynb #fb3495b3
-import json, mmap, os, struct, tempfile, weakref, zlib
+import fcntl, json, mmap, os, struct, tempfile, weakref, zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from math import ceil, prod
@@ -83,7 +84,12 @@ def _pages(shape): # memory that begins at a page, (n, nbytes) uint8
 def _pin(t): # '' if the driver has pinned it, else why not
     try: code = int(torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.nbytes, 1))      # 1: for all GPUs
     except (RuntimeError, AssertionError, AttributeError) as e: return str(e).splitlines()[0]
-    return '' if code == 0 else f'cudaHostRegister answers {code}'
+    if code == 0: return ''
+    _forget_error()
+    return f'cudaHostRegister answers {code}'
+
+def _forget_error(): # the driver keeps its last error for whoever asks: torch, after its next kernel, would raise what has been dealt with here
+    with suppress(RuntimeError, AssertionError): torch.ones(1, device='cuda')
 
 def _unpin(addresses):
     for a in addresses:
@@ -180,10 +186,14 @@ def free_ram() -> int: # bytes; 0 if the system does not tell
     "Asks how much memory of the host is free"
     try: free = next(int(l.split()[1])*1024 for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
     except (OSError, StopIteration): return 0
-    for limit,used in (('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')):
-        try: free = min(free, int(Path('/sys/fs/cgroup', limit).read_text()) - int(Path('/sys/fs/cgroup', used).read_text()))
-        except (OSError, ValueError): pass
-    return max(0, free)
+    return max(0, min([free, *filter(None, (_free_in(d) for d in ('/sys/fs/cgroup', '/sys/fs/cgroup/memory')))]))
+
+def _free_in(folder): # what is left of the limit of a container, None if there is none; files that the system keeps in memory go when it is needed
+    d = Path(folder)
+    for limit,used,cached in (('memory.max', 'memory.current', 'inactive_file'), ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')):
+        with suppress(OSError, ValueError):
+            told = dict(l.split() for l in (d/'memory.stat').read_text().splitlines())
+            return max(1, int((d/limit).read_text()) - int((d/used).read_text()) + int(told.get(cached, 0)))
 
 HOSTS = ('auto', 'pinned', 'pageable', 'mmap')
 
@@ -311,16 +321,23 @@ def open_bank(
         if check and _sum(r) != s: raise _bad(path, f'{name} is damaged', 'rows whose checksum fits')
     return HostBank(layout, rows, names, 'mmap', Path(path))
 
+def _sweep(path): # takes away what runs that were killed have left; a file that is being written is locked
+    for old in path.parent.glob(f'.{path.name}.*'):
+        with suppress(OSError), open(old, 'rb') as f:
+            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            old.unlink()
+
 def _write_bank(path, layout, counts, names, source, fill): # fill(layer, rows) makes rows
     rows, sums = _pages((max(counts), layout.nbytes)), ['0'*8]*len(counts)
     head, total = _head(layout, counts, names, source, sums), sum(counts)*layout.nbytes
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f'.{path.name}.*'): old.unlink(missing_ok=True)      # of a run that was killed
+    _sweep(path)
     free = os.statvfs(path.parent) if hasattr(os, 'statvfs') else None
     if free and free.f_bavail*free.f_frsize < total + len(head): raise ConfigError(f"{path.parent}: {human_bytes(free.f_bavail*free.f_frsize)} free, need {human_bytes(total)} for experts; give another folder as bank_dir")
     fd, new = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         with os.fdopen(fd, 'wb') as f:
+            fcntl.flock(f, fcntl.LOCK_EX)                      # says that somebody is at it
             f.write(b'\0'*len(head))
             for i,n in enumerate(counts):
                 rows.zero_()

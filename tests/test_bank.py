@@ -300,3 +300,29 @@ def test_chosen_size(caplog):
     assert fitting_slots(10*one, 0, one, 2, 256, staging=2) == 4 and fitting_slots(10*one, 0, one, 2, 3, staging=2) == 3
     with pytest.raises(ConfigError, match='need at most 1') as e: plan_cache(m.offload.bank, 3, 'cpu', 2, reserve=0, vram_gb=(4+2)*one/1e9)
     assert complete(e.value)
+
+def test_a_container_may_use_what_it_only_keeps(tmp_path):
+    assert bank_module._free_in(tmp_path) is None
+    for v2 in (True, False):
+        d = tmp_path/str(v2); d.mkdir()
+        names = ('memory.max', 'memory.current', 'inactive_file') if v2 else ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        (d/names[0]).write_text('100\n'); (d/names[1]).write_text('90\n'); (d/'memory.stat').write_text(f'anon 20\n{names[2]} 70\n')
+        assert bank_module._free_in(d) == 80
+        (d/names[0]).write_text('max\n'); assert bank_module._free_in(d) is None
+
+def test_a_file_that_somebody_writes_is_left_alone(mapped):
+    import fcntl
+    p = mapped.bank.path
+    p.unlink()
+    other,dead = p.with_name(f'.{p.name}.other'),p.with_name(f'.{p.name}.dead')
+    dead.write_bytes(b'x')
+    with open(other, 'wb') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        mapped.open()
+        assert other.exists() and not dead.exists() and p.exists()
+
+def test_refused_pinning_leaves_no_error_behind(monkeypatch):
+    forgotten = []
+    with_driver(monkeypatch, refuse_from=0)
+    monkeypatch.setattr(bank_module, '_forget_error', lambda: forgotten.append(1))
+    assert bank_module._pin(torch.zeros(PAGE, dtype=torch.uint8)) == 'cudaHostRegister answers 2' and forgotten == [1]
