@@ -7,7 +7,7 @@ __all__ = ['SLOTS', 'random_bank', 'Forced', 'ForcedExperts', 'force_routing', '
            'offload_table', 'OffloadResult', 'run_offload']
 
 # %% ../nbs/84a_bench_offload.ipynb #bb935dff
-import statistics
+import gc, statistics
 from dataclasses import asdict, dataclass, field
 
 # %% ../nbs/84a_bench_offload.ipynb #cc1cadbe
@@ -116,6 +116,13 @@ def _fill_slots(shared): # all experts have one: what is measured then is a mode
             shared.tables.rows(layer, some.contiguous())
             shared.pool.wait()
 
+def _fill_slots(shared): # all experts have one: what is measured then is a model without copies
+    ids = torch.arange(shared.n_experts, device=shared.device)
+    for layer in range(len(shared.bank.rows)):
+        for some in ids.split(max(1, min(8, shared.staging))):
+            shared.tables.rows(layer, some.contiguous())
+            shared.pool.wait()
+
 def _timed(model, new, repeat, contexts, stats=lambda reset=False: None): # a line of the table; what stats says after writing and after the last prompt
     g, first, ms, device = HLWQGenerator(model), {}, [], model.device
     def run(context, n):
@@ -152,12 +159,14 @@ def measure_slots(
     try:
         offload_experts(model, slots, policy, bank)
         force_routing(model, trace)
+        if slots >= len(bank.rows[0]): _fill_slots(model.offload)
         row, wrote, read = _timed(model, new, repeat, contexts, model.offload_stats)
         row.update(slots=slots, n_experts=len(bank.rows[0]), layers=len(bank.rows), policy=policy, source=trace.meta.get('source', 'unknown'), hit_rate=wrote.total.hit_rate, bytes_per_token=wrote.total.misses*bank.layout.nbytes/(new-1),
             prompt_bytes=read.prompt_bytes, where=bank.where, on_device=wrote.on_device, pool_bytes=model.offload.pool.nbytes, resident=False)
         return row | dict(gb_s=row['bytes_per_token']/row['ms']/1e6)
     finally:
         _restore(model, stacks)
+        gc.collect()                                           # slots of this run would count in the peak of the next
         if cuda: torch.cuda.empty_cache()
 
 def measure_resident(
@@ -179,6 +188,7 @@ def measure_resident(
         return row | dict(slots=len(bank.rows[0]), n_experts=len(bank.rows[0]), layers=len(bank.rows), policy=None, source='routers', hit_rate=1., bytes_per_token=0., prompt_bytes=0, where=bank.where, on_device=True, pool_bytes=0, resident=True, gb_s=0.)
     finally:
         for s,packed,bits in empty: s.packed, s.norm_bits = packed, bits
+        gc.collect()
         if cuda: torch.cuda.empty_cache()
 
 def with_limits(
