@@ -1,7 +1,7 @@
 """Experts as rows on the host: where each part lies, that rows are the slices of the checkpoint whatever its names, files that are mapped, cut off, stale or damaged, and how much memory it takes.
 
 There is no GPU in it: pinning is imitated."""
-import gc,os,shutil,warnings
+import contextlib,gc,os,shutil,warnings
 from types import SimpleNamespace
 import torch
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')     # before triton is imported
@@ -326,3 +326,36 @@ def test_refused_pinning_leaves_no_error_behind(monkeypatch):
     with_driver(monkeypatch, refuse_from=0)
     monkeypatch.setattr(bank_module, '_forget_error', lambda: forgotten.append(1))
     assert bank_module._pin(torch.zeros(PAGE, dtype=torch.uint8)) == 'cudaHostRegister answers 2' and forgotten == [1]
+
+# --- embeddings
+
+def test_embeddings_on_the_host(monkeypatch):
+    d,t = with_driver(monkeypatch),torch.randn(30, 12).bfloat16()
+    monkeypatch.setattr(bank_module.torch.cuda, 'device', lambda _: contextlib.nullcontext())
+    held = []                                                  # torch holds what it was given for as long as its tensor lives
+    def seen(device, memory): held.append(bank_module._Address(memory)); return memory
+    monkeypatch.setattr(bank_module, '_seen_from', seen)
+    s = on_host(t)
+    assert torch.equal(s, t) and s.dtype == t.dtype and len(d.held) == 1 and s.data_ptr() == d.held[0] != t.data_ptr()
+    monkeypatch.setattr(bank_module, '_seen_from', lambda device, memory: memory.clone())
+    with pytest.raises(UnsupportedError, match='does not see it') as e: on_host(t)
+    assert complete(e.value)
+    with_driver(monkeypatch, refuse_from=0)
+    with pytest.raises(UnsupportedError, match='could not be pinned') as e: on_host(t)
+    assert complete(e.value)
+
+def test_an_address_is_given_back(monkeypatch):
+    d,m = with_driver(monkeypatch),bank_module._pages((PAGE,))
+    assert bank_module._pin(m) == '' and len(d.held) == 1
+    a = bank_module._Address(m)
+    del a; gc.collect()
+    assert not d.held
+
+def test_embeddings_of_a_loaded_model():
+    d = quantized('qwen3_moe')
+    assert torch.equal(logits(load(d)), logits(load(d, embeddings='host')))          # on a CPU they are there already
+    for kw,error in ((dict(embeddings='disk'), ConfigError), (dict(embeddings='host', cache=None, host='auto'), ConfigError)):
+        with pytest.raises(error, match='embeddings') as e: load(d, **kw)
+        assert complete(e.value)
+    with pytest.raises(UnsupportedError, match='tied') as e: load(quantized('tiny-moe-10m'), embeddings='host')
+    assert complete(e.value)
