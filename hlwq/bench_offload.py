@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/84a_bench_offload.ipynb #afe72b9e
-from .bank import HostBank, expert_row, _pages
+from .bank import EMBEDDINGS, HostBank, embeddings_to_host, expert_row, _pages
 from .bench import BenchResult, machine, packed_weights, require_gpu
 from .bench_decode import geometry, geometry_name, random_model
 from .cache_plan import link_speed
@@ -224,11 +224,12 @@ class OffloadResult:
     machine:dict # from machine
     model:str # name of the geometry
     link:float=0. # bytes a second
+    embeddings:str='device' # where the input embeddings are
     offload:list=field(default_factory=list) # from measure_slots
 
     def to_json(self): return asdict(self)
     def tables(self): return [offload_table(self.offload)]
-    def notes(self): return [*BenchResult(self.command, self.machine, {}).notes(), f'{self.model}, random weights, routing {", ".join(sorted({r["source"] for r in self.offload if not r["resident"]}))}: not the hit rate of that model; link {self.link/1e9:.1f} GB/s. limit: 1/(time with all experts on the device + bytes a token/link), no overlap.']
+    def notes(self): return [*BenchResult(self.command, self.machine, {}).notes(), f'{self.model}, random weights, routing {", ".join(sorted({r["source"] for r in self.offload if not r["resident"]}))}: not the hit rate of that model; embeddings on the {self.embeddings}; link {self.link/1e9:.1f} GB/s. limit: 1/(time with all experts on the device + bytes a token/link), no overlap.']
 
 def run_offload(
     command:str, # as it was typed
@@ -240,6 +241,7 @@ def run_offload(
     contexts:list=(512, 2048), # tokens of the prompts
     policy:str='lru', # of the slots
     trace:RoutingTrace=None, # what is chosen; by default synthetic
+    embeddings:str='device', # "host" for the input embeddings there too
     device:str='cuda', # where; "cpu" only to try it out
     progress=None, # gets each row
     **sizes, # other sizes of the model, to try it out
@@ -248,15 +250,17 @@ def run_offload(
 
     Raises ConfigError for numbers that make no sense, UnsupportedError without a GPU."""
     if new < 2 or not slots or min(slots) < 1: raise ConfigError(f"slots {list(slots)}, new {new}: need numbers from 1 and at least 2; leave them out for the defaults")
+    if embeddings not in EMBEDDINGS: raise ConfigError(f"embeddings: {embeddings!r}, need one of {', '.join(EMBEDDINGS)}; device is the default")
     if device != 'cpu': require_gpu()
     config = geometry(name, layers, **sizes)
     if not getattr(config, 'num_experts', None): raise ConfigError(f"{name}: no experts, need a mixture of experts; use qwen3.6")
     model = random_model(config, bits, device, experts=False)
+    if embeddings == 'host' and embeddings_to_host(model): torch.cuda.empty_cache()
     if device == 'cpu': model = model.float()
     bank = random_bank(model, device)
     E, k = config.num_experts, config.num_experts_per_tok
     trace = trace or synthetic_trace(512, len(bank.rows), E, k)
-    res = OffloadResult(command, machine() if device != 'cpu' else dict(gpu='cpu'), geometry_name(name), link_speed(bank, device))
+    res = OffloadResult(command, machine() if device != 'cpu' else dict(gpu='cpu'), geometry_name(name), link_speed(bank, device), embeddings)
     def keep(row):
         res.offload.append(row)
         with_limits(res.offload, res.link)
