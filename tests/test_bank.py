@@ -359,3 +359,12 @@ def test_embeddings_of_a_loaded_model():
         assert complete(e.value)
     with pytest.raises(UnsupportedError, match='tied') as e: load(quantized('tiny-moe-10m'), embeddings='host')
     assert complete(e.value)
+
+def test_more_slots_than_memory(monkeypatch):
+    from hlwq import cache_plan
+    b = bank_of(quantized('qwen3_moe'))
+    monkeypatch.setattr(cache_plan, 'free_memory', lambda *_: 7*b.layout.nbytes)
+    with pytest.raises(ConfigError, match='2 experts of 2 layers') as e: plan_cache(b, 2, 'cpu', 2)
+    assert complete(e.value)
+    monkeypatch.setattr(cache_plan, 'free_memory', lambda *_: 8*b.layout.nbytes)
+    assert plan_cache(b, 2, 'cpu', 2).slots == 2
