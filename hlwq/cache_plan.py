@@ -106,6 +106,8 @@ def plan_cache(
     most = fitting_slots(free, reserve, nbytes, layers, E) if expert_cache == 'auto' or vram_gb is not None else E
     slots = most if expert_cache == 'auto' else min(expert_cache, E)
     if slots > most: raise ConfigError(f"expert_cache: {slots} experts of {layers} layers are {human_bytes(slots*layers*nbytes)}, need at most {most} in {vram_gb} GB; use a smaller one, or 'auto'")
+    pool = (slots*layers + min(STAGING, E))*nbytes
+    if free and pool > free: raise ConfigError(f"expert_cache: {slots} experts of {layers} layers and places for those on their way are {human_bytes(pool)}, need at most {human_bytes(free)}, which is free on {device}; use a smaller one, or 'auto'")
     sim, link = simulate_cache(synthetic_trace(256, 2, E, min(top_k, E)), slots), link_speed(bank, device)
     per_token = sim.bytes_per_token(nbytes)*layers/2
     return CachePlan(slots, E, layers, nbytes, free, reserve, bank.where, link, sim.hit_rate, per_token, 1/(OTHER_SECONDS + per_token/link), expert_cache == 'auto')

@@ -397,13 +397,13 @@ def _prompt_ids(folder, tokenizer, prompt, chat):
     if not ids.numel(): raise ConfigError(f"prompt: no token in {prompt!r}, need at least one; write something to begin with")
     return ids
 
-def _cache_options(expert_cache, host, vram_gb):
+def _cache_options(expert_cache, host, vram_gb, embeddings):
     "What load_model takes, of the options for experts on the host; it checks them"
     from hlwq.core import ConfigError
-    if expert_cache is None and (host, vram_gb) == ('auto', None): return {}
-    if expert_cache is None: raise ConfigError("--host, --vram-gb: given without --expert-cache, need it too; use --expert-cache auto")
+    if expert_cache is None and (host, vram_gb, embeddings) == ('auto', None, 'device'): return {}
+    if expert_cache is None: raise ConfigError("--host, --vram-gb, --embeddings: given without --expert-cache, need it too; use --expert-cache auto")
     if expert_cache != 'auto' and not expert_cache.isdecimal(): raise ConfigError(f"--expert-cache: {expert_cache!r}, need a whole number from 1, or auto; 64 is a good one for layers of 256 experts")
-    return dict(expert_cache=expert_cache if expert_cache == 'auto' else int(expert_cache), host=host, vram_gb=vram_gb)
+    return dict(expert_cache=expert_cache if expert_cache == 'auto' else int(expert_cache), host=host, vram_gb=vram_gb, embeddings=embeddings)
 
 def _told(r, backends):
     "How fast it was, and what computed it"
@@ -436,6 +436,7 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
               expert_cache:Annotated[Optional[str], typer.Option(metavar='N|auto', help='Experts of each layer that stay on the device; the others are brought when they are needed. The text is the same for any number. auto: as many as fit.', show_default=False)]=None,
               host:Annotated[str, typer.Option(metavar='WHERE', help='With --expert-cache, where the others are: pinned or pageable memory, mmap for a file beside the model, auto by free memory.')]='auto',
               vram_gb:Annotated[Optional[float], typer.Option(metavar='GB', help='With --expert-cache: use no more memory of the device.', show_default=False)]=None,
+              embeddings:Annotated[str, typer.Option(metavar='device|host', help='With --expert-cache: host leaves the input embeddings there too.')]='device',
               as_json:Json=False, quiet:Quiet=False):
     """Continues a text with a quantized model, on packed weights.
 
@@ -447,7 +448,7 @@ def _generate(folder:Dir, prompt:Annotated[str, typer.Option('--prompt', metavar
     from hlwq.kv_cache import parse_kv_bits
     from hlwq.load import load_model
     how = _sampling(max_new_tokens, temperature, dict(top_k=top_k, top_p=top_p, min_p=min_p), repetition_penalty, stop, prefill_chunk) | dict(kv_bits=parse_kv_bits(kv_bits))
-    cache = _cache_options(expert_cache, host, vram_gb)
+    cache = _cache_options(expert_cache, host, vram_gb, embeddings)
     screen, place = Screen(as_json, quiet), pick_device(device)
     silence()
     with stage(screen, 'loading'):

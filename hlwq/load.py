@@ -17,7 +17,7 @@ import transformers
 # %% ../nbs/22a_load.ipynb #c0fa54b2
 from .core import CheckpointError, ConfigError, UnsupportedError, human_bytes, listing
 from .checkpoint import CheckpointReader, verify_checkpoint
-from .bank import HOSTS, bank_from_checkpoint
+from .bank import EMBEDDINGS, HOSTS, bank_from_checkpoint, embeddings_to_host
 from .cache_plan import STAGING, WORKSPACE, plan_cache
 from .cache_policy import POLICIES
 from .hf import APART, OPENED, show_experts
@@ -108,16 +108,17 @@ def load_model(
     vram_gb:float=None, # with expert_cache: use no more memory of the device than this, in GB
     policy:str='lru', # with expert_cache: which expert goes if another one is needed
     bank_dir=None, # with expert_cache: folder for the file of "mmap"; by default that of the checkpoint
+    embeddings:str='device', # with expert_cache: "host" leaves the input embeddings there, and a GPU reads the lines that it needs; while loading they pass through the device
     **kwargs, # anything else that from_pretrained takes
 ):
     """Loads a quantized model for use, on packed weights.
 
     Raises CheckpointError for files that are damaged, missing, or not those of the model; ConfigError and UnsupportedError for requests that cannot be met. Nothing is filled with random numbers."""
     apart = expert_cache is not None
-    _check_cache(expert_cache, host, vram_gb, policy, device_map)
+    _check_cache(expert_cache, host, vram_gb, policy, device_map, embeddings)
     with CheckpointReader(path, codebook) as reader:
         _verify(reader.path, verify)
-        if apart: _check_experts(reader, expert_cache, vram_gb)
+        if apart: _check_experts(reader, expert_cache, vram_gb, embeddings)
         if apart and device_map == 'auto': device_map = {'': torch.cuda.current_device()} if torch.cuda.is_available() else None
         (folder, links), token, token_apart = as_transformers_expects(reader), OPENED.set(reader), APART.set(apart)
         try:
@@ -129,6 +130,7 @@ def load_model(
             APART.reset(token_apart)
             if links: links.cleanup()
         _strict(model, info, reader)
+        if embeddings == 'host' and embeddings_to_host(model): torch.cuda.empty_cache()
         if apart: _offload(model, reader, expert_cache, host, vram_gb, policy, bank_dir, verify == 'sha256')
     model.config.name_or_path = model.name_or_path = str(path)
     _insist(model, backend)
@@ -140,25 +142,28 @@ def load_model(
 # %% ../nbs/22a_load.ipynb #f42158ae
 _EXPERT = re.compile(r'(.+?\.experts)\.(?:(\d+)\.|.*_e(\d+)$)')
 
-def _check_cache(expert_cache, host, vram_gb, policy, device_map):
+def _check_cache(expert_cache, host, vram_gb, policy, device_map, embeddings):
     "Raises ConfigError for a request that cannot be meant"
     if expert_cache is None:
-        given = [n for n,v,usual in (('host', host, 'auto'), ('vram_gb', vram_gb, None), ('policy', policy, 'lru')) if v != usual]
+        given = [n for n,v,usual in (('host', host, 'auto'), ('vram_gb', vram_gb, None), ('policy', policy, 'lru'), ('embeddings', embeddings, 'device')) if v != usual]
         if given: raise ConfigError(f"{listing(given)}: given without expert_cache, need it too; use expert_cache='auto'")
         return
     if expert_cache != 'auto' and (type(expert_cache) is not int or expert_cache < 1): raise ConfigError(f"expert_cache: {expert_cache!r}, need a whole number from 1, or 'auto' for as many as fit; 64 is a good one for layers of 256 experts")
     if host not in HOSTS: raise ConfigError(f"host: {host!r}, need one of {', '.join(HOSTS)}; auto chooses by free memory")
+    if embeddings not in EMBEDDINGS: raise ConfigError(f"embeddings: {embeddings!r}, need one of {', '.join(EMBEDDINGS)}; device is the default")
     if policy not in POLICIES or policy == 'pinned': raise ConfigError(f"policy: {policy!r}, need one of {', '.join(p for p in POLICIES if p != 'pinned')}; offload_experts takes pinned too, with a list of experts")
     if vram_gb is not None and not vram_gb > 0: raise ConfigError(f"vram_gb: {vram_gb}, need more than 0; leave it out for all that is free")
     if isinstance(device_map, dict) and len(set(device_map.values())) > 1: raise ConfigError(f"device_map: {len(set(device_map.values()))} devices with expert_cache, need one; leave device_map out")
 
-def _check_experts(reader, expert_cache, vram_gb):
+def _check_experts(reader, expert_cache, vram_gb, embeddings):
     "Raises before any work if there are no experts, or if memory cannot do"
     of = {n:m for n in reader.matrices if not n.startswith('mtp.') and (m := _EXPERT.match(n))}
+    if embeddings == 'host' and reader.source.tied: raise UnsupportedError(f"{reader.path}: embeddings are tied to the output layer, which reads all of them for each token, need separate ones; leave them on the device")
     if not of: raise ConfigError(f"{reader.path}: no packed experts, need a mixture of experts for expert_cache; load it without")
     if vram_gb is None: return
     nbytes, experts, layers = sum(reader.matrices[n].nbytes for n in of), {(m[1], m[2] or m[3]) for m in of.values()}, {m[1] for m in of.values()}
     one, rest = nbytes/len(experts), reader.source.nbytes - nbytes
+    if embeddings == 'host': rest -= sum(t.nbytes for o in (reader.kept, reader.matrices) for n,t in o.items() if n.endswith('embed_tokens.weight'))
     c = 1 if expert_cache == 'auto' else min(expert_cache, len(experts)//len(layers))
     need = rest + WORKSPACE + one*(c*len(layers) + min(STAGING, len(experts)//len(layers)))
     if need > vram_gb*1e9: raise ConfigError(f"vram_gb: {vram_gb}, need {need/1e9:.1f} for {human_bytes(rest)} of other weights, {c} expert{'s'*(c > 1)} in each of {len(layers)} layers, and room to work; " + ('use a larger one' if c == 1 else 'use a smaller expert_cache'))

@@ -1,7 +1,7 @@
 """Experts as rows on the host: where each part lies, that rows are the slices of the checkpoint whatever its names, files that are mapped, cut off, stale or damaged, and how much memory it takes.
 
 There is no GPU in it: pinning is imitated."""
-import gc,os,shutil,warnings
+import contextlib,gc,os,shutil,warnings
 from types import SimpleNamespace
 import torch
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')     # before triton is imported
@@ -300,3 +300,71 @@ def test_chosen_size(caplog):
     assert fitting_slots(10*one, 0, one, 2, 256, staging=2) == 4 and fitting_slots(10*one, 0, one, 2, 3, staging=2) == 3
     with pytest.raises(ConfigError, match='need at most 1') as e: plan_cache(m.offload.bank, 3, 'cpu', 2, reserve=0, vram_gb=(4+2)*one/1e9)
     assert complete(e.value)
+
+def test_a_container_may_use_what_it_only_keeps(tmp_path):
+    assert bank_module._free_in(tmp_path) is None
+    for v2 in (True, False):
+        d = tmp_path/str(v2); d.mkdir()
+        names = ('memory.max', 'memory.current', 'inactive_file') if v2 else ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        (d/names[0]).write_text('100\n'); (d/names[1]).write_text('90\n'); (d/'memory.stat').write_text(f'anon 20\n{names[2]} 70\n')
+        assert bank_module._free_in(d) == 80
+        (d/names[0]).write_text('max\n'); assert bank_module._free_in(d) is None
+
+def test_a_file_that_somebody_writes_is_left_alone(mapped):
+    import fcntl
+    p = mapped.bank.path
+    p.unlink()
+    other,dead = p.with_name(f'.{p.name}.other'),p.with_name(f'.{p.name}.dead')
+    dead.write_bytes(b'x')
+    with open(other, 'wb') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        mapped.open()
+        assert other.exists() and not dead.exists() and p.exists()
+
+def test_refused_pinning_leaves_no_error_behind(monkeypatch):
+    forgotten = []
+    with_driver(monkeypatch, refuse_from=0)
+    monkeypatch.setattr(bank_module, '_forget_error', lambda: forgotten.append(1))
+    assert bank_module._pin(torch.zeros(PAGE, dtype=torch.uint8)) == 'cudaHostRegister answers 2' and forgotten == [1]
+
+# --- embeddings
+
+def test_embeddings_on_the_host(monkeypatch):
+    d,t = with_driver(monkeypatch),torch.randn(30, 12).bfloat16()
+    monkeypatch.setattr(bank_module.torch.cuda, 'device', lambda _: contextlib.nullcontext())
+    held = []                                                  # torch holds what it was given for as long as its tensor lives
+    def seen(device, memory): held.append(bank_module._Address(memory)); return memory
+    monkeypatch.setattr(bank_module, '_seen_from', seen)
+    s = on_host(t)
+    assert torch.equal(s, t) and s.dtype == t.dtype and len(d.held) == 1 and s.data_ptr() == d.held[0] != t.data_ptr()
+    monkeypatch.setattr(bank_module, '_seen_from', lambda device, memory: memory.clone())
+    with pytest.raises(UnsupportedError, match='does not see it') as e: on_host(t)
+    assert complete(e.value)
+    with_driver(monkeypatch, refuse_from=0)
+    with pytest.raises(UnsupportedError, match='could not be pinned') as e: on_host(t)
+    assert complete(e.value)
+
+def test_an_address_is_given_back(monkeypatch):
+    d,m = with_driver(monkeypatch),bank_module._pages((PAGE,))
+    assert bank_module._pin(m) == '' and len(d.held) == 1
+    a = bank_module._Address(m)
+    del a; gc.collect()
+    assert not d.held
+
+def test_embeddings_of_a_loaded_model():
+    d = quantized('qwen3_moe')
+    assert torch.equal(logits(load(d)), logits(load(d, embeddings='host')))          # on a CPU they are there already
+    for kw,error in ((dict(embeddings='disk'), ConfigError), (dict(embeddings='host', cache=None, host='auto'), ConfigError)):
+        with pytest.raises(error, match='embeddings') as e: load(d, **kw)
+        assert complete(e.value)
+    with pytest.raises(UnsupportedError, match='tied') as e: load(quantized('tiny-moe-10m'), embeddings='host')
+    assert complete(e.value)
+
+def test_more_slots_than_memory(monkeypatch):
+    from hlwq import cache_plan
+    b = bank_of(quantized('qwen3_moe'))
+    monkeypatch.setattr(cache_plan, 'free_memory', lambda *_: 7*b.layout.nbytes)
+    with pytest.raises(ConfigError, match='2 experts of 2 layers') as e: plan_cache(b, 2, 'cpu', 2)
+    assert complete(e.value)
+    monkeypatch.setattr(cache_plan, 'free_memory', lambda *_: 8*b.layout.nbytes)
+    assert plan_cache(b, 2, 'cpu', 2).slots == 2

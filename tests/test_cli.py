@@ -179,6 +179,7 @@ def test_generate_with_experts_on_the_host(hlwq, q5):
     assert code == 0 and a['text'] == b['text'] and b['offload']['slots'] == b['offload_plan']['slots'] == 3 and b['offload_plan']['where'] == 'pageable'
     assert 'expert_cache: 3 of 16 experts' in err and 'slots         3 of 16' in err and sum(c['misses'] for c in b['offload']['cold']) > 0
     assert json.loads(hlwq(*line, '--expert-cache', 'auto')[1])['offload']['slots'] == 16
+    for v,needle in (('disk', 'need one of device, host'), ('host', 'tied to the output layer')): fails(hlwq(*line, '--quiet', '--expert-cache', '2', '--embeddings', v), needle)
 
 def test_generate_tells_how_fast_and_by_what(hlwq, q5):
     code,out,err = hlwq('generate', q5, '--prompt', 'In the beginning', '--max-new-tokens', '8', '--json')
@@ -224,7 +225,7 @@ def test_stop_ends_the_text(hlwq, q5):
 
 @pytest.mark.parametrize('line,needle', [('--temperature -1','temperature: -1'), ('--max-new-tokens 0','need at least 1'), ('--prefill-chunk 0','prefill-chunk: 0'), ('--stop ""','stop: an empty text'), ('--top-p 0.9','top-p: 0.9 at temperature 0'),
     ('--top-k 5','top-k: 5 at temperature 0'), ('--min-p 0.1','min-p: 0.1 at temperature 0'), ('--temperature 1 --top-k 0','top_k: 0'), ('--temperature 1 --top-p 1.5','top_p: 1.5'), ('--temperature nan','temperature: nan'), ('--repetition-penalty 0','repetition_penalty: 0'),
-    ('--temperature 1 --min-p 2','min_p: 2'), ('--top-k 1.5','--top-k'), ('--seed x','--seed'), ('--expert-cache some','--expert-cache'), ('--host mmap','without --expert-cache'), ('--vram-gb 3','without --expert-cache')])
+    ('--temperature 1 --min-p 2','min_p: 2'), ('--top-k 1.5','--top-k'), ('--seed x','--seed'), ('--expert-cache some','--expert-cache'), ('--host mmap','without --expert-cache'), ('--embeddings host','without --expert-cache'), ('--vram-gb 3','without --expert-cache')])
 def test_generate_refuses_before_loading(hlwq, monkeypatch, line, needle):
     from hlwq import demo,load
     def loaded(*a, **kw): pytest.fail('something was loaded')
