@@ -139,7 +139,7 @@ def test_experts_in_two_kernels(gpu, layer, monkeypatch):
 def test_many_experts(gpu, layer, grouped, monkeypatch):
     "More pairs than the kernels for one token take: sorted once for both projections, in parts or all decoded"
     from hlwq.kernels import moe
-    if grouped: monkeypatch.setattr(moe, '_can_group', lambda x, norms: True)
+    if grouped: monkeypatch.setattr(moe, '_can_group', lambda x, norms, E: True)
     T = 80 if grouped else 18
     g = torch.Generator().manual_seed(1)
     x, ids, weights = torch.randn(T, 64, generator=g).bfloat16(), torch.rand(T, 3, generator=g).argsort(1)[:, :2], torch.rand(T, 2, generator=g)
