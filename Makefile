@@ -37,7 +37,7 @@ $(OLDEST)/.ready: tests/oldest.txt $(READY)
 demo: $(READY)
 	@$(BIN)/hlwq demo
 
-# Notebooks run side by side, with one thread each; pytest comes last, so that its count is the last line
+# Notebooks run side by side, with one thread each, and so do files of tests; pytest comes last, so that its count is the last line
 test: export TRITON_INTERPRET = 1
 test: $(READY) $(OLDEST)/.ready
 	@echo '== notebooks: exported and clean'
@@ -49,7 +49,7 @@ test: $(READY) $(OLDEST)/.ready
 	@echo '== tests of packed models, with the oldest transformers'
 	@PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_load_model.py tests/test_kv_cache.py -q
 	@echo '== tests'
-	@$(BIN)/python -m pytest tests -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile
 
 # vLLM wants an environment of its own: it pins torch and transformers. About fifteen minutes, of which eight install it
 test-vllm: $(READY)
