@@ -58,7 +58,7 @@ def markdown(table): # titles, rows of strings
 def page(r):
     "The result in Markdown"
     lines = ['# What a token costs', '', 'Models of published geometry with random weights: the speed is that of the real ones. Each writes after a prompt of random tokens, one text or several at once. eager: the step of transformers; graph: the same, recorded in a '
-        'CUDA graph; kernels: the step of hlwq, recorded. Floor: the weights that a step needs and its cache, at the rate of a copy measured in the same run; of experts those that tokens reach that choose by chance. First token: the whole prompt. '
+        'CUDA graph; kernels: the step of hlwq, recorded. Floor: the weights that a step needs and its cache, at the rate of a copy measured in the same run; of experts those that tokens reach that choose by chance. First token: the whole prompt; with our step and on a GPU by a recording, which a rounded length has from its third prompt on. The first of a length takes longer: [prompts](prompts.md). '
         'Kernels: launches a token, and the sum of their times in a profile, where kernels that start early count while they wait. Packed experts count among the products, with which they share a kernel.']
     for name in dict.fromkeys(p['model'] for p in r['parts'].values()):
         own = [p for p in r['parts'].values() if p['model'] == name]
