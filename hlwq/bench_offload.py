@@ -116,13 +116,6 @@ def _fill_slots(shared): # all experts have one: what is measured then is a mode
             shared.tables.rows(layer, some.contiguous())
             shared.pool.wait()
 
-def _fill_slots(shared): # all experts have one: what is measured then is a model without copies
-    ids = torch.arange(shared.n_experts, device=shared.device)
-    for layer in range(len(shared.bank.rows)):
-        for some in ids.split(max(1, min(8, shared.staging))):
-            shared.tables.rows(layer, some.contiguous())
-            shared.pool.wait()
-
 def _timed(model, new, repeat, contexts, stats=lambda reset=False: None): # a line of the table; what stats says after writing and after the last prompt
     g, first, ms, device = HLWQGenerator(model), {}, [], model.device
     def run(context, n):
