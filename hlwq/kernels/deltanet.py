@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKED', 'conv_step_ref', 'unit_ref', 'gated_norm_ref', 'deltanet_step_ref', 'load_taps', 'convolve', 'move_on',
-           'softplus', 'gates', 'delta_rule', 'gated', 'deltanet_shape', 'deltanet_step', 'launch_deltanet']
+           'softplus', 'gates', 'delta_rule', 'gated', 'deltanet_shape', 'check_memory', 'deltanet_step',
+           'launch_deltanet']
 
 # %% ../../nbs/16_deltanet.ipynb #afd93dd3
 import torch
@@ -236,20 +237,30 @@ def _check_inputs(qkv, z, b, a, conv_state, state, conv_weight, A_log, dt_bias, 
     if max(dk, dv) > 256: raise UnsupportedError(f"deltanet_step: heads of {dk} x {dv}, need 256 x 256 or less; use deltanet_step_ref")
     if any(t.dtype != qkv.dtype for t in (z, b, a)): raise ConfigError(f"deltanet_step: qkv, z, b, a are {qkv.dtype}, {z.dtype}, {b.dtype}, {a.dtype}, need one dtype; give what the projections return")
 
-def _check_memory(tensors, qkv, z, b, a, conv_state, state, rest):
-    "Raises UnsupportedError for dtypes, devices and strides that the kernels do not read"
+def check_memory(
+    what:str, # who asks; its reference is called what_ref
+    tensors:tuple, # all of them
+    qkv:Tensor, # (..., channels), as z, b and a
+    z:Tensor, # gate of the output
+    b:Tensor, # how much is corrected
+    a:Tensor, # how much is forgotten
+    conv_state:Tensor, # (rows, channels, inputs)
+    state:Tensor, # (rows, n_v_heads, head_k_dim, head_v_dim)
+    rest:list, # weights
+):
+    "Raises UnsupportedError for dtypes, devices and strides that kernels of this layer do not read, ConfigError for tensors on several devices"
     bad = {str(t.dtype) for t in tensors if t.dtype not in TL_DTYPE}
-    if bad: raise UnsupportedError(f"deltanet_step: {', '.join(sorted(bad))}, need bfloat16, float16 or float32; use deltanet_step_ref")
+    if bad: raise UnsupportedError(f"{what}: {', '.join(sorted(bad))}, need bfloat16, float16 or float32; use {what}_ref")
     places = {str(t.device) for t in tensors}
-    if len(places) > 1: raise ConfigError(f"deltanet_step: tensors on {', '.join(sorted(places))}, need one device; move them")
-    if qkv.device.type != 'cuda' and not INTERPRETED: raise UnsupportedError(f"deltanet_step: tensors on {qkv.device}, need a GPU; use deltanet_step_ref")
-    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (qkv, z, b, a)): raise UnsupportedError("deltanet_step: qkv, z, b or a with a stride between neighbours, need them one behind the other; call contiguous()")
+    if len(places) > 1: raise ConfigError(f"{what}: tensors on {', '.join(sorted(places))}, need one device; move them")
+    if qkv.device.type != 'cuda' and not INTERPRETED: raise UnsupportedError(f"{what}: tensors on {qkv.device}, need a GPU; use {what}_ref")
+    if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in (qkv, z, b, a)): raise UnsupportedError(f"{what}: qkv, z, b or a with a stride between neighbours, need them one behind the other; call contiguous()")
     rows, channels, width = conv_state.shape
     across, along = conv_state.stride(1), conv_state.stride(2)
     if (width > 1 and along != 1) or across < width or (rows > 1 and conv_state.stride(0) < channels*across):
-        raise UnsupportedError(f"deltanet_step: conv_state with strides {conv_state.stride()}, need inputs of a channel one behind the other, and no memory shared; make a contiguous copy and keep that")
-    if not state.is_contiguous(): raise UnsupportedError(f"deltanet_step: state with strides {state.stride()}, need it contiguous; make a contiguous copy and keep that")
-    if not all(t.is_contiguous() for t in rest): raise UnsupportedError("deltanet_step: weights with gaps between their elements, need them contiguous; call contiguous() once, when the model is loaded")
+        raise UnsupportedError(f"{what}: conv_state with strides {conv_state.stride()}, need inputs of a channel one behind the other, and no memory shared; make a contiguous copy and keep that")
+    if not state.is_contiguous(): raise UnsupportedError(f"{what}: state with strides {state.stride()}, need it contiguous; make a contiguous copy and keep that")
+    if not all(t.is_contiguous() for t in rest): raise UnsupportedError(f"{what}: weights with gaps between their elements, need them contiguous; call contiguous() once, when the model is loaded")
 
 # %% ../../nbs/16_deltanet.ipynb #a26d9d76
 CHECKED = set()                                                # (device, dtypes, sizes) that agreed with the reference once
@@ -294,7 +305,7 @@ def deltanet_step(
     Raises ConfigError for shapes that do not fit together, UnsupportedError for what the kernels do not do or do wrong."""
     _check_inputs(qkv, z, b, a, conv_state, state, conv_weight, A_log, dt_bias, norm_weight, n_k_heads, conv_bias)
     weights = [t for t in (conv_weight, A_log, dt_bias, norm_weight, conv_bias) if t is not None]
-    _check_memory((qkv, z, b, a, conv_state, state, *weights), qkv, z, b, a, conv_state, state, weights)
+    check_memory('deltanet_step', (qkv, z, b, a, conv_state, state, *weights), qkv, z, b, a, conv_state, state, weights)
     rest = conv_weight, A_log, dt_bias, norm_weight, eps, n_k_heads, conv_bias
     out = qkv.new_empty(z.shape)
     if not len(qkv): return out

@@ -22,7 +22,7 @@ from ..core import ConfigError, UnsupportedError
 from .layout import INTERPRETED, on_device
 from .lanes import PTX, early_start, narrow, wait_for_predecessor
 from .quantize import TL_DTYPE
-from .deltanet import gated, gated_norm_ref, softplus, unit_ref
+from .deltanet import check_memory, gated, gated_norm_ref, softplus, unit_ref
 
 # %% ../../nbs/16a_deltanet_prompt.ipynb #746d3fa1
 def conv_prompt_ref(
@@ -324,21 +324,6 @@ def _check_shapes(qkv, z, b, a, conv_state, state, conv_weight, A_log, dt_bias, 
     if why: raise UnsupportedError(f"deltanet_prompt: {why}; use deltanet_prompt_ref, or the layer of transformers")
     if any(t.dtype != qkv.dtype for t in (z, b, a)): raise ConfigError(f"deltanet_prompt: qkv, z, b, a are {qkv.dtype}, {z.dtype}, {b.dtype}, {a.dtype}, need one dtype; give what the projections return")
 
-def _check_places(tensors, qkv, z, b, a, conv_state, state, rest):
-    "Raises UnsupportedError for dtypes, devices and strides that the kernels do not read"
-    bad = {str(t.dtype) for t in tensors if t.dtype not in TL_DTYPE}
-    if bad: raise UnsupportedError(f"deltanet_prompt: {', '.join(sorted(bad))}, need bfloat16, float16 or float32; use deltanet_prompt_ref")
-    places = {str(t.device) for t in tensors}
-    if len(places) > 1: raise ConfigError(f"deltanet_prompt: tensors on {', '.join(sorted(places))}, need one device; move them")
-    if qkv.device.type != 'cuda' and not INTERPRETED: raise UnsupportedError(f"deltanet_prompt: tensors on {qkv.device}, need a GPU; use deltanet_prompt_ref")
-    if any(t.shape[2] > 1 and t.stride(2) != 1 for t in (qkv, z, b, a)): raise UnsupportedError("deltanet_prompt: qkv, z, b or a with a stride between neighbours, need them one behind the other; call contiguous()")
-    rows, channels, width = conv_state.shape
-    across, along = conv_state.stride(1), conv_state.stride(2)
-    if (width > 1 and along != 1) or across < width or (rows > 1 and conv_state.stride(0) < channels*across):
-        raise UnsupportedError(f"deltanet_prompt: conv_state with strides {conv_state.stride()}, need inputs of a channel one behind the other, and no memory shared; make a contiguous copy and keep that")
-    if not state.is_contiguous(): raise UnsupportedError(f"deltanet_prompt: state with strides {state.stride()}, need it contiguous; make a contiguous copy and keep that")
-    if not all(t.is_contiguous() for t in rest): raise UnsupportedError("deltanet_prompt: weights with gaps between their elements, need them contiguous; call contiguous() once, when the model is loaded")
-
 # %% ../../nbs/16a_deltanet_prompt.ipynb #87dbd517
 CHECKED = set()                                                # (device, dtypes, sizes) that agreed with the reference once
 
@@ -381,7 +366,7 @@ def deltanet_prompt(
     Raises ConfigError for shapes that do not fit together, UnsupportedError for what the kernels do not do or do wrong."""
     _check_shapes(qkv, z, b, a, conv_state, state, conv_weight, A_log, dt_bias, norm_weight, n_k_heads, conv_bias)
     weights = [t for t in (conv_weight, A_log, dt_bias, norm_weight, conv_bias) if t is not None]
-    _check_places((qkv, z, b, a, conv_state, state, *weights), qkv, z, b, a, conv_state, state, weights)
+    check_memory('deltanet_prompt', (qkv, z, b, a, conv_state, state, *weights), qkv, z, b, a, conv_state, state, weights)
     rest = conv_weight, A_log, dt_bias, norm_weight, eps, n_k_heads, conv_bias
     out = qkv.new_empty(z.shape)
     if not len(qkv): return out
